@@ -1,0 +1,78 @@
+"""Capacity as a hard bound: what is on disk, what is being made, and what readers still hold open after its eviction. No I/O."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from cache.blocks import ExtentId
+
+INDEX_BYTES_PER_EXTENT = 512
+"""What one extent may cost in the index (a row, its key and its share of free pages; measured about 200 bytes), counted like payload."""
+
+STALE_HOLD_S = 2.0
+"""A reader at work lets go of an evicted file at its next read. One that has not after this long is idle; its bytes are no longer
+expected back soon."""
+
+
+@dataclass
+class Ghost:
+    """An evicted file that readers still hold open: its bytes are on the disk until the last of them lets go."""
+
+    size_bytes: int
+    holders: set[str]
+    since_s: float
+
+
+@dataclass
+class Budget:
+    """`capacity_bytes` and `max_files` bound the files of the cache, evicted ones that are still held included."""
+
+    capacity_bytes: int
+    max_files: int
+    used_bytes: int = 0
+    num_files: int = 0
+    ghosts: dict[tuple[ExtentId, int], Ghost] = field(default_factory=dict)
+
+    @property
+    def free_bytes(self) -> int:
+        """Negative when the capacity was made smaller than what is there."""
+        return self.capacity_bytes - self.used_bytes
+
+    @property
+    def held_bytes(self) -> int:
+        return sum(ghost.size_bytes for ghost in self.ghosts.values())
+
+    def take(self, size_bytes: int) -> None:
+        assert size_bytes <= self.free_bytes and self.num_files < self.max_files, (size_bytes, self)
+        self.adopt(size_bytes)
+
+    def adopt(self, size_bytes: int) -> None:
+        """Counts a file that is there already, even beyond the capacity."""
+        self.used_bytes += size_bytes
+        self.num_files += 1
+
+    def give_back(self, size_bytes: int) -> None:
+        assert self.used_bytes >= size_bytes and self.num_files > 0, (size_bytes, self)
+        self.used_bytes -= size_bytes
+        self.num_files -= 1
+
+    def haunt(self, extent: ExtentId, generation: int, size_bytes: int, holders: set[str], now: float) -> None:
+        """The file was unlinked but is held open: its bytes go on counting."""
+        self.ghosts[extent, generation] = Ghost(size_bytes, holders, now)
+
+    def let_go(self, extent: ExtentId, generation: int, client_id: str) -> bool:
+        """A reader closed an evicted file; True when that freed its bytes."""
+        ghost = self.ghosts.get((extent, generation))
+        if ghost is None:
+            return False
+        ghost.holders.discard(client_id)
+        if ghost.holders:
+            return False
+        del self.ghosts[extent, generation]
+        self.give_back(ghost.size_bytes)
+        return True
+
+    def expected_back(self, now: float) -> tuple[int, int]:
+        """Bytes and files that readers at work will let go of in a moment."""
+        fresh = [ghost.size_bytes for ghost in self.ghosts.values() if now - ghost.since_s < STALE_HOLD_S]
+        return sum(fresh), len(fresh)

@@ -1,0 +1,245 @@
+"""What the machine is told and what it asks for. Events are past facts, actions are imperatives; all plain data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from cache.blocks import ExtentId, ObjectId
+from cache.errors import CacheError
+from cache.order.lookahead import Visit
+
+# -- events --
+
+
+@dataclass(frozen=True)
+class ObjectOpened:
+    """A reader (or an announced order) needs this generation of an object to be known."""
+
+    client_id: str
+    object_id: ObjectId
+
+
+@dataclass(frozen=True)
+class ExtentFound:
+    """Recovery found an extent file; `present` are the blocks that its table claims, unverified."""
+
+    object_id: ObjectId
+    extent_idx: int
+    generation: int
+    file_bytes: int
+    present: frozenset[int] | None
+    """None: the table has not been read yet (ExtentTableRead follows when somebody needs it)."""
+
+
+@dataclass(frozen=True)
+class ExtentTableRead:
+    extent: ExtentId
+    generation: int
+    present: frozenset[int]
+
+
+@dataclass(frozen=True)
+class BlocksWanted:
+    """A reader waits for the blocks [first, end) of one extent."""
+
+    request_id: int
+    client_id: str
+    content_id: str
+    first: int
+    end: int
+
+
+@dataclass(frozen=True)
+class BlocksHinted:
+    """A reader will probably want these blocks soon; nobody waits."""
+
+    content_id: str
+    first: int
+    end: int
+
+
+@dataclass(frozen=True)
+class CheckAsked:
+    """Somebody wants an extent's readable blocks read back and compared with their checksums."""
+
+    request_id: int
+    client_id: str
+    extent: ExtentId
+
+
+@dataclass(frozen=True)
+class ExtentHeld:
+    """A reader was given the open file of an extent."""
+
+    client_id: str
+    extent: ExtentId
+    generation: int
+
+
+@dataclass(frozen=True)
+class ExtentReleased:
+    client_id: str
+    extent: ExtentId
+    generation: int
+
+
+@dataclass(frozen=True)
+class ClientGone:
+    client_id: str
+
+
+@dataclass(frozen=True)
+class OrderAnnounced:
+    client_id: str
+    stream_id: str
+    visits: tuple[Visit, ...]
+
+
+@dataclass(frozen=True)
+class OrderAdvanced:
+    stream_id: str
+    num_visits: int
+
+
+@dataclass(frozen=True)
+class StreamClosed:
+    stream_id: str
+
+
+@dataclass(frozen=True)
+class ExtentCreated:
+    extent: ExtentId
+    generation: int
+
+
+@dataclass(frozen=True)
+class ExtentFailed:
+    """The file could not be made or written; the local disk is at fault."""
+
+    extent: ExtentId
+    generation: int
+    error: CacheError
+
+
+@dataclass(frozen=True)
+class BlockLanded:
+    extent: ExtentId
+    generation: int
+    block: int
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class BlockFailed:
+    extent: ExtentId
+    generation: int
+    block: int
+    error: CacheError
+
+
+@dataclass(frozen=True)
+class BlockChecked:
+    extent: ExtentId
+    generation: int
+    block: int
+    is_sound: bool
+
+
+@dataclass(frozen=True)
+class EvictAsked:
+    """A person asks that an object leaves the disk."""
+
+    content_id: str
+
+
+@dataclass(frozen=True)
+class CapacityChanged:
+    capacity_bytes: int
+
+
+@dataclass(frozen=True)
+class TimePassed:
+    """A deadline that `Residency.next_deadline_s` named has come."""
+
+
+Event = (
+    ObjectOpened
+    | ExtentFound
+    | ExtentTableRead
+    | BlocksWanted
+    | BlocksHinted
+    | CheckAsked
+    | ExtentHeld
+    | ExtentReleased
+    | ClientGone
+    | OrderAnnounced
+    | OrderAdvanced
+    | StreamClosed
+    | ExtentCreated
+    | ExtentFailed
+    | BlockLanded
+    | BlockFailed
+    | BlockChecked
+    | EvictAsked
+    | CapacityChanged
+    | TimePassed
+)
+
+# -- actions --
+
+
+@dataclass(frozen=True)
+class PublishWord:
+    """Store one residency word. Executed at once and in order: eviction's zeros precede the unlink."""
+
+    word_idx: int
+    value: int
+
+
+@dataclass(frozen=True)
+class CreateExtent:
+    object_id: ObjectId
+    extent_idx: int
+    generation: int
+
+
+@dataclass(frozen=True)
+class RemoveExtent:
+    extent: ExtentId
+    generation: int
+
+
+@dataclass(frozen=True)
+class ReadTable:
+    extent: ExtentId
+    generation: int
+
+
+@dataclass(frozen=True)
+class FetchBlock:
+    object_id: ObjectId
+    extent_idx: int
+    generation: int
+    block: int
+    is_demand: bool
+
+
+@dataclass(frozen=True)
+class CheckBlock:
+    object_id: ObjectId
+    extent_idx: int
+    generation: int
+    block: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The end of a request: the blocks are readable in `generation`, or `error` says why not. `cause` says what was waited for."""
+
+    request_id: int
+    generation: int = 0
+    cause: str = "hit"
+    error: CacheError | None = field(default=None)
+
+
+Action = PublishWord | CreateExtent | RemoveExtent | ReadTable | FetchBlock | CheckBlock | Answer

@@ -1,0 +1,71 @@
+"""Whom to evict, and whether what comes is worth it. Pure functions of what is known; no I/O, no clock.
+
+Source of the order: Belady 1966 (farthest next use is optimal for equal sizes). Extents without known use go first, the longest unused
+first; that part is not proof against scans yet.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+from cache.blocks import ExtentId
+
+UNKNOWN_USE = math.inf
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An extent that may be evicted now. `next_use`: how many visits away its next known use is (UNKNOWN_USE: none known).
+    `last_use_s`: when a reader last asked for it. `is_held`: a live reader has it open, so its bytes come free only when that reader lets go."""
+
+    extent: ExtentId
+    size_bytes: int
+    next_use: float
+    last_use_s: float
+    is_held: bool
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Victims in the order of eviction, or none and why."""
+
+    victims: tuple[ExtentId, ...]
+    reason: str
+
+
+class EvictionPolicy(Protocol):
+    def choose(self, need_bytes: int, candidates: Iterable[Candidate], own_next_use: float) -> Decision:
+        """Victims whose sizes add up to at least `need_bytes`, or none. A victim is never needed sooner than what comes (`own_next_use`
+        visits away; UNKNOWN_USE: a reader without known order is near it, so it may displace what nobody announced)."""
+        ...
+
+
+class FarthestNextUse:
+    """Evicts what is needed last; of those whose future is unknown, what was used longest ago. Prefers what nobody holds open.
+
+    >>> old = Candidate(ExtentId("a", 0), 10, next_use=5, last_use_s=0, is_held=False)
+    >>> far = Candidate(ExtentId("b", 0), 10, next_use=90, last_use_s=0, is_held=False)
+    >>> FarthestNextUse().choose(10, [old, far], own_next_use=7).victims
+    (ExtentId(content_id='b', extent_idx=0),)
+    >>> FarthestNextUse().choose(20, [old, far], own_next_use=7).reason
+    'what could go is needed sooner: 10 of 20 bytes could be freed for a use 7 visits away'
+    """
+
+    def choose(self, need_bytes: int, candidates: Iterable[Candidate], own_next_use: float) -> Decision:
+        ranked = sorted(candidates, key=lambda c: (-c.next_use, c.is_held, c.last_use_s, c.extent))
+        victims: list[ExtentId] = []
+        freed = 0
+        for candidate in ranked:
+            if freed >= need_bytes or not (candidate.next_use > own_next_use or candidate.next_use == UNKNOWN_USE):
+                break
+            victims.append(candidate.extent)
+            freed += candidate.size_bytes
+        if freed >= need_bytes:
+            return Decision(tuple(victims), "farthest next use")
+        return Decision(
+            (),
+            f"what could go is needed sooner: {freed} of {need_bytes} bytes could be freed for a use {own_next_use:g} visits away",
+        )

@@ -1,0 +1,35 @@
+"""Which residency words belong to which object: an allocator of ranges within one fixed table. No I/O.
+
+Word 0 counts evictions: a reader that sees it changed looks through the files that it holds. An object gets one word per block,
+followed by one per extent. Generations are never used twice, so a word that a late reader of a former owner still looks at cannot
+equal the generation that it remembers.
+"""
+
+from __future__ import annotations
+
+from cache.errors import CapacityError
+
+EVICTION_WORD = 0
+
+
+class Slots:
+    def __init__(self, num_words: int) -> None:
+        self._num_words = num_words
+        self._end = 1
+        self._free: dict[int, list[int]] = {}
+
+    def take(self, count: int) -> int:
+        """First word of a free range of `count` words. Raises CapacityError when the table is full."""
+        reusable = self._free.get(count)
+        if reusable:
+            return reusable.pop()
+        if self._end + count > self._num_words:
+            raise CapacityError(
+                f"the table of {self._num_words} residency words is full: {count} more do not fit",
+                advice="close objects that are no longer read",
+            )
+        base, self._end = self._end, self._end + count
+        return base
+
+    def give_back(self, base: int, count: int) -> None:
+        self._free.setdefault(count, []).append(base)

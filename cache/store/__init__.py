@@ -1,0 +1,1 @@
+"""The local disk: file format, index, files and what is done after a crash."""
