@@ -1,0 +1,278 @@
+"""Origins over obstore: S3, Google Cloud Storage, Azure and plain HTTP.
+
+Every range is a GET with If-Match, and the etag in the answer is compared too, for servers that ignore If-Match. obstore's own
+retries are off. The body is collected by obstore outside the interpreter lock and handed on as it is (`obstore.Bytes` is a buffer): one
+copy, from the socket's chunks into one piece of memory.
+
+Known limits of obstore, met here: it does not show response headers of failures (so `retry_after_s` is always None), and it cannot
+name keys with empty or dotted segments (`a//b`, `a/../b`); those are refused with the way out (`fsspec+s3://`).
+"""
+
+from __future__ import annotations
+
+import builtins
+import re
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+import obstore
+from obstore.exceptions import (
+    BaseError,
+    NotSupportedError,
+    PermissionDeniedError,
+    PreconditionError,
+    UnauthenticatedError,
+)
+from obstore.store import AzureStore, GCSStore, HTTPStore, S3Store
+
+from cache.errors import ObjectNotFound, OriginError, OriginMisconfigured
+from cache.origin import failures, urls
+from cache.origin.failures import Failure
+from cache.origin.options import OriginOptions
+from cache.origin.ports import ObjectInfo
+
+if TYPE_CHECKING:
+    from obstore import GetOptions, ObjectMeta
+    from obstore.store import ClientConfig, ObjectStore, RetryConfig
+    from typing_extensions import Buffer
+
+    from cache.origin.urls import Location
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+SCHEMES = frozenset({"s3", "gs", "az", "abfs", "abfss", "http", "https"})
+
+
+class ObstoreOrigin:
+    """One bucket, container or HTTP host. Needs no closing; obstore's stores are safe from any thread and event loop."""
+
+    def __init__(self, location: Location, options: OriginOptions) -> None:
+        """Raises OriginMisconfigured when no store can be built for the location."""
+        self._is_http = location.scheme in ("http", "https")
+        try:
+            self._store = _store(location, options)
+        except (BaseError, ValueError) as e:
+            raise OriginMisconfigured(
+                f"no client for {location.root}: {_first_line(e)}",
+                url=location.root,
+                advice="Check the url and the store's settings (AWS_*, GOOGLE_*, AZURE_*).",
+            ) from e
+
+    async def head(self, url: str) -> ObjectInfo:
+        path = self._path(url)
+        try:
+            meta = await obstore.head_async(self._store, path)
+        except (BaseError, OSError, ValueError) as e:
+            raise await self._explained("HEAD", url, path, e) from e
+        return ObjectInfo(url, meta["size"], _etag(meta, url))
+
+    async def get_range(self, url: str, etag: str, start: int, end: int) -> Buffer:
+        if start == end:
+            return b""
+        options: GetOptions = {"range": (start, end), **_condition(etag)}
+        try:
+            result = await obstore.get_async(self._store, self._path(url), options=options)
+            found = _etag(result.meta, url)
+            if found != etag:
+                raise failures.changed(url, etag, found)
+            if end > result.meta["size"]:
+                raise failures.beyond_end(url, start, end, result.meta["size"])
+            data = await result.bytes_async()
+        except (BaseError, OSError, ValueError) as e:
+            raise _error("GET", url, e) from e
+        if len(data) != end - start:
+            raise failures.cut_short(url, start, end, len(data))
+        return data
+
+    async def list(self, prefix_url: str) -> AsyncIterator[ObjectInfo]:
+        location = urls.parse(prefix_url)
+        found = [] if self._is_http else await self._below(location)
+        if not found:
+            if not location.key:
+                raise ObjectNotFound(
+                    f"list {prefix_url}: the bucket is empty", url=prefix_url, advice="Check the bucket's name."
+                )
+            try:
+                found = [await self.head(prefix_url)]
+            except ObjectNotFound as e:
+                raise _nothing_below(prefix_url, self._is_http) from e
+        for info in found:
+            yield info
+
+    async def _below(self, location: Location) -> builtins.list[ObjectInfo]:
+        prefix = location.key.rstrip("/")
+        found: list[ObjectInfo] = []
+        try:
+            async for chunk in obstore.list(self._store, prefix or None, chunk_size=1000):
+                for meta in chunk:
+                    url = location.url_of(meta["path"])
+                    found.append(ObjectInfo(url, meta["size"], _etag(meta, url)))
+        except (BaseError, OSError, ValueError) as e:
+            raise _error("list", location.url_of(location.key), e) from e
+        found.sort(key=lambda info: info.url)
+        return _without_directory_markers(found)
+
+    async def put(self, url: str, data: Buffer) -> ObjectInfo:
+        try:
+            # One request whatever the size: multipart would give an etag of another form and two ways to fail.
+            await obstore.put_async(self._store, self._path(url), memoryview(data), use_multipart=False)
+        except (BaseError, OSError, ValueError) as e:
+            raise _error("PUT", url, e) from e
+        return await self.head(url)
+
+    async def close(self) -> None:
+        pass
+
+    def _path(self, url: str) -> str:
+        key = urls.parse(url).key
+        if self._is_http:
+            if "?" in key or "#" in key:
+                raise OriginMisconfigured(
+                    f"{url} has a query or fragment, which plain HTTP origins do not take",
+                    url=url,
+                    advice="Presigned urls go through fsspec: write fsspec+ before the url. A ? or # in the name is written %3F or %23.",
+                )
+            key = urls.http_path(key)
+        segments = key.split("/")
+        if not key or any(segment in ("", ".", "..") for segment in segments):
+            raise OriginMisconfigured(
+                f"{url} has an empty or dotted part in its key ({key!r})",
+                url=url,
+                advice="Rename the object, or read it through fsspec, which can name it: write fsspec+ before the url.",
+            )
+        return key
+
+    async def _explained(self, operation: str, url: str, path: str, error: Exception) -> OriginError:
+        """The error of a failed HEAD. Its answer has no body, so wrong bucket, wrong region and expired credentials look alike: one GET
+        of one byte asks for the reason. Not a retry: nothing that it brings is used."""
+        first = _error(operation, url, error)
+        if self._is_http or not re.search(r"status code: 4(00|03|04)", str(error)):
+            return first
+        try:
+            await obstore.get_async(self._store, path, options={"range": (0, 1)})
+        except (BaseError, OSError, ValueError) as reason:
+            explained = _error(operation, url, reason)
+            return first if explained.is_retryable else explained
+        return first
+
+
+def _store(location: Location, options: OriginOptions) -> ObjectStore:
+    client: ClientConfig = {
+        # Harmless where it is not wanted: without an http:// endpoint from the user, every url that obstore builds is https.
+        "allow_http": True,
+        "connect_timeout": timedelta(seconds=options.connect_timeout_s),
+        "read_timeout": timedelta(seconds=options.read_timeout_s),
+        "timeout": timedelta(seconds=options.request_timeout_s),
+        "pool_max_idle_per_host": str(options.max_idle_connections),
+        "pool_idle_timeout": timedelta(seconds=options.idle_timeout_s),
+    }
+    retry: RetryConfig = {"max_retries": 0}
+    common: dict[str, Any] = {"client_options": client, "retry_config": retry}
+    match location.scheme:
+        case "s3":
+            return S3Store(location.bucket, **common)
+        case "gs":
+            return GCSStore(location.bucket, **common)
+        case "az" | "abfs" | "abfss":
+            container, at, host = location.bucket.partition("@")
+            if at:
+                common["account_name"] = host.split(".")[0]
+            return AzureStore(container, **common)
+        case _:
+            return HTTPStore.from_url(location.root, **common)
+
+
+def _etag(meta: ObjectMeta, url: str) -> str:
+    """The store's etag, or for HTTP servers without one the modification time and size (weaker: it moves in whole seconds)."""
+    if meta["e_tag"]:
+        return meta["e_tag"]
+    if meta["last_modified"] > _EPOCH and url.startswith("http"):
+        return f"mtime:{int(meta['last_modified'].timestamp())}-{meta['size']}"
+    raise failures.no_version(url)
+
+
+def _condition(etag: str) -> GetOptions:
+    if etag.startswith("mtime:"):
+        modified = int(etag.removeprefix("mtime:").split("-")[0])
+        return {"if_unmodified_since": datetime.fromtimestamp(modified, UTC)}
+    if etag.startswith("W/"):
+        return {}  # If-Match never matches a weak etag (RFC 9110, 13.1.1); the comparison with the answer's etag remains
+    return {"if_match": etag}
+
+
+def _without_directory_markers(found: list[ObjectInfo]) -> list[ObjectInfo]:
+    """Leaves out the empty objects `dir/` that consoles create to show a directory; obstore reports them as `dir`."""
+    return [
+        info
+        for info, following in zip(found, [*found[1:], None], strict=True)
+        if not (info.size_bytes == 0 and following is not None and following.url.startswith(info.url + "/"))
+    ]
+
+
+def _nothing_below(url: str, is_http: bool) -> OriginError:
+    if is_http:
+        return ObjectNotFound(
+            f"list {url}: no such object, and plain HTTP has no way to list",
+            url=url,
+            advice="Name the objects one by one, or write fsspec+ before the url to read the server's index page.",
+        )
+    return failures.nothing_below(url)
+
+
+_STATUS = re.compile(r"status code: (\d{3}) ?([^:]*):?\s*(.*)", re.DOTALL)
+
+
+def _error(operation: str, url: str, error: Exception) -> OriginError:
+    """obstore's exception as one of ours. Its types tell little (most are GenericError), its text tells all; pinned by the tests."""
+    text = str(error).split("\n\nDebug source:")[0]
+    debug = str(error)
+    if (
+        isinstance(error, NotSupportedError)
+        or "non-partial response" in text
+        or re.search(r"Requested \d+\.\.\d+, got", text)
+    ):
+        return failures.ignores_ranges(operation, url)
+    if "Received redirect without LOCATION" in text:
+        return failures.error_of(
+            Failure(operation, url, "redirect without a location", status=301, code="PermanentRedirect")
+        )
+    if isinstance(error, ValueError) and not isinstance(error, OSError):
+        return OriginMisconfigured(f"{operation} {url}: {_first_line(error)}", url=url, advice="Check the url.")
+    match = _STATUS.search(text)
+    if match:
+        body = match.group(3)
+        code = re.search(r"<Code>([^<]*)</Code>", body)
+        said = re.search(r"<Message>([^<]*)</Message>", body)
+        detail = " ".join(
+            filter(None, [match.group(1), match.group(2).strip(), code and code.group(1), said and said.group(1)])
+        )
+        return failures.error_of(Failure(operation, url, detail, int(match.group(1)), code.group(1) if code else ""))
+    for kind, status in _STATUS_OF_TYPE:
+        if isinstance(error, kind):
+            return failures.error_of(Failure(operation, url, _first_line(error), status))
+    return failures.error_of(Failure(operation, url, _transport_detail(debug) or _first_line(error)))
+
+
+_STATUS_OF_TYPE: list[tuple[type[Exception], int]] = [
+    (FileNotFoundError, 404),
+    (PreconditionError, 412),
+    (PermissionDeniedError, 403),
+    (UnauthenticatedError, 401),
+]
+
+
+def _transport_detail(debug: str) -> str:
+    """What happened below HTTP, from the nested error that obstore prints."""
+    if "TimedOut" in debug or "kind: Timeout" in debug:
+        return "timed out"
+    for pattern in (r'error: "([^"]+)"', r'message: "([^"]+)"', r"kind: (ConnectionReset|UnexpectedEof|BrokenPipe)"):
+        match = re.search(pattern, debug)
+        if match:
+            return match.group(1)
+    if "IncompleteMessage" in debug or "IncompleteBody" in debug:
+        return "the connection closed in the middle of the answer"
+    return ""
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).split("\n", 1)[0]
