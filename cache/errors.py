@@ -4,6 +4,7 @@ CacheError
 ├── CacheConfigError        the person who configured it: a bad option, URL or directory
 ├── DaemonUnavailable       platform: no daemon answers at the socket (clients go to the origin instead)
 ├── CapacityError           platform: the block cannot be kept locally (clients go to the origin instead)
+├── FormatError             whoever wrote the shard: its bytes are not what the format says (`offset` says where)
 ├── CorruptBlock            platform: bytes on the local disk are not those that were fetched
 └── OriginError             the object store; `is_retryable` says whether trying again can help
     ├── ObjectNotFound      no such object (or prefix)
@@ -13,7 +14,8 @@ CacheError
     ├── OriginThrottled     503/429: asked to slow down (retryable; may carry `retry_after_s`)
     └── OriginUnavailable   refused, reset, timed out, 5xx, body cut short (retryable)
 
-Every one survives pickling and the wire (`to_wire`, `from_wire`): the daemon's fetch workers raise them, readers in other processes see them.
+Every one survives pickling and the wire (`to_wire`, `from_wire`): the daemon's fetch workers raise them, readers in other
+processes see them.
 """
 
 from __future__ import annotations
@@ -53,6 +55,17 @@ class DaemonUnavailable(CacheError):
 
 class CapacityError(CacheError):
     pass
+
+
+class FormatError(CacheError):
+    """A shard is not what its format says. `offset` is the byte of the object at which that was seen."""
+
+    def __init__(self, message: str, *, advice: str = "", url: str = "", offset: int = 0) -> None:
+        super().__init__(message, advice=advice, url=url)
+        self.offset = offset
+
+    def to_wire(self) -> dict[str, Any]:
+        return {**super().to_wire(), "offset": self.offset}
 
 
 class CorruptBlock(CacheError):
@@ -103,6 +116,7 @@ _BY_NAME: dict[str, type[CacheError]] = {
         CacheConfigError,
         DaemonUnavailable,
         CapacityError,
+        FormatError,
         CorruptBlock,
         OriginError,
         ObjectNotFound,
@@ -120,5 +134,6 @@ def from_wire(data: dict[str, Any]) -> CacheError:
     fields = dict(data)
     cls = _BY_NAME.get(str(fields.pop("type", "")), CacheError)
     message = str(fields.pop("message", "unknown error"))
-    known = {"advice", "url"} | ({"retry_after_s"} if cls is OriginThrottled else set())
+    own: dict[type[CacheError], set[str]] = {OriginThrottled: {"retry_after_s"}, FormatError: {"offset"}}
+    known = {"advice", "url"} | own.get(cls, set())
     return cls(message, **{key: value for key, value in fields.items() if key in known})
