@@ -28,6 +28,7 @@ from obstore.store import AzureStore, GCSStore, HTTPStore, S3Store
 
 from cache.errors import ObjectNotFound, OriginError, OriginMisconfigured
 from cache.origin import failures, urls
+from cache.origin.aws_profile import profile_settings
 from cache.origin.failures import Failure
 from cache.origin.options import OriginOptions
 from cache.origin.ports import ObjectInfo
@@ -170,7 +171,7 @@ def _store(location: Location, options: OriginOptions) -> ObjectStore:
     common: dict[str, Any] = {"client_options": client, "retry_config": retry}
     match location.scheme:
         case "s3":
-            return S3Store(location.bucket, **common)
+            return S3Store(location.bucket, **common, **profile_settings())
         case "gs":
             return GCSStore(location.bucket, **common)
         case "az" | "abfs" | "abfss":
@@ -202,10 +203,11 @@ def _condition(etag: str) -> GetOptions:
 
 def _without_directory_markers(found: list[ObjectInfo]) -> list[ObjectInfo]:
     """Leaves out the empty objects `dir/` that consoles create to show a directory; obstore reports them as `dir`."""
+    following = [info.url for info in found[1:]] + [""]
     return [
         info
-        for info, following in zip(found, [*found[1:], None], strict=True)
-        if not (info.size_bytes == 0 and following is not None and following.url.startswith(info.url + "/"))
+        for info, next_url in zip(found, following, strict=False)
+        if info.size_bytes > 0 or not next_url.startswith(info.url + "/")
     ]
 
 
@@ -238,6 +240,12 @@ def _error(operation: str, url: str, error: Exception) -> OriginError:
         )
     if isinstance(error, ValueError) and not isinstance(error, OSError):
         return OriginMisconfigured(f"{operation} {url}: {_first_line(error)}", url=url, advice="Check the url.")
+    if "Header missing from response" in text:
+        return OriginMisconfigured(
+            f"{operation} {url}: the answer lacks a header that the cache needs ({_first_line(error)})",
+            url=url,
+            advice="Is it really an object store that answers there? Else let the server send Content-Length and ETag.",
+        )
     match = _STATUS.search(text)
     if match:
         body = match.group(3)

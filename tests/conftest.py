@@ -1,0 +1,17 @@
+"""Fixtures for all tests, and where marked tests run."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.weed import bucket, s3_environment, weed
+
+__all__ = ["bucket", "s3_environment", "weed"]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests with the S3 server share one xdist worker: a second worker would start a second server (10 s, 0.5 GB)."""
+    for item in items:
+        if item.get_closest_marker("s3") and not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group("s3"))
