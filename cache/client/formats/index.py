@@ -1,0 +1,191 @@
+"""Where each sample of a data set lies: a few arrays, whatever the number of samples.
+
+A *sample* has *members* (the files of one key in a tar, a raw file, a window of tokens). Members that lie next to
+each other are read together: such a piece is a *span*, and spans are also what is announced to the cache. No Python
+object is kept per sample, so that ten million samples cost some hundred MB, and a forked DataLoader worker shares
+them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+
+MAX_GAP_BYTES = 64 * 1024
+"""Members of a sample that are closer than this are read in one go: copying 64 KiB takes 10 µs, as long as a second
+read."""
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """The samples of one shard, in the order of their first member."""
+
+    keys: tuple[bytes, ...] | None
+    """Names of the samples as stored; None when a sample is named by its number in the shard."""
+    member_counts: Ints
+    """Members of each sample; the arrays below hold the members of all samples, one sample after the other."""
+    offsets: Ints
+    lengths: Ints
+    extensions: tuple[str, ...]
+    extension_ids: NDArray[np.int32]
+    """Each member's name within its sample, as an index into `extensions`."""
+    skipped: tuple[tuple[str, str], ...] = ()
+    """Entries of the shard that are not part of any sample: (name, reason)."""
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.member_counts)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One object of the data set, pinned at the etag that was listed."""
+
+    url: str
+    etag: str
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class SampleIndex:
+    """All samples of a data set, numbered through its shards."""
+
+    shards: tuple[Shard, ...]
+    sample_starts: Ints
+    """Shard i holds the samples [sample_starts[i], sample_starts[i + 1])."""
+    member_starts: Ints
+    """Sample i has the members [member_starts[i], member_starts[i + 1])."""
+    offsets: Ints
+    lengths: Ints
+    extensions: tuple[str, ...]
+    extension_ids: NDArray[np.int32]
+    key_starts: Ints
+    """Key of sample i: key_bytes[key_starts[i]:key_starts[i + 1]]; an empty key means the sample's number in its
+    shard."""
+    key_bytes: bytes
+    classes: tuple[str, ...] = ()
+    """Names of the classes, sorted, where the layout says a sample's class."""
+    class_ids: NDArray[np.int32] | None = None
+    num_skipped: int = 0
+    skipped: tuple[tuple[str, str, str], ...] = ()
+    """Some of the entries that belong to no sample: (url, name, reason)."""
+
+    def __len__(self) -> int:
+        return len(self.member_starts) - 1
+
+    @property
+    def shard_sizes(self) -> tuple[int, ...]:
+        """Samples in each shard."""
+        return tuple(np.diff(self.sample_starts).tolist())
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all shards together."""
+        return sum(shard.size_bytes for shard in self.shards)
+
+    def shard_of(self, samples: Ints) -> Ints:
+        """The shard of each of these samples."""
+        return np.asarray(np.searchsorted(self.sample_starts, samples, side="right") - 1, dtype=np.int64)
+
+    def key(self, sample: int) -> str:
+        """The name of a sample within its shard, as it is stored there."""
+        name = self.key_bytes[int(self.key_starts[sample]) : int(self.key_starts[sample + 1])]
+        if name:
+            return name.decode("utf-8", "surrogateescape")
+        shard_idx = int(self.shard_of(np.array([sample]))[0])
+        return str(sample - int(self.sample_starts[shard_idx]))
+
+    def members(self, sample: int) -> list[tuple[str, int, int]]:
+        """(extension, offset, length) of each member of a sample."""
+        first, end = int(self.member_starts[sample]), int(self.member_starts[sample + 1])
+        return [
+            (self.extensions[extension], offset, length)
+            for extension, offset, length in zip(
+                self.extension_ids[first:end].tolist(),
+                self.offsets[first:end].tolist(),
+                self.lengths[first:end].tolist(),
+                strict=True,
+            )
+        ]
+
+    @cached_property
+    def _spans(self) -> tuple[Ints, Ints, Ints]:
+        """(span_starts, offsets, lengths): sample i is read by the spans [span_starts[i], span_starts[i + 1])."""
+        num_members = len(self.offsets)
+        opens = np.zeros(num_members, dtype=bool)
+        opens[self.member_starts[:-1][np.diff(self.member_starts) > 0]] = True
+        if num_members > 1:
+            gaps = self.offsets[1:] - (self.offsets[:-1] + self.lengths[:-1])
+            opens[1:] |= (gaps < 0) | (gaps > MAX_GAP_BYTES)
+        firsts = np.flatnonzero(opens)
+        lasts = np.append(firsts[1:], num_members) - 1
+        offsets = self.offsets[firsts]
+        lengths = self.offsets[lasts] + self.lengths[lasts] - offsets if num_members else offsets
+        return np.searchsorted(firsts, self.member_starts).astype(np.int64), offsets, lengths
+
+    def spans(self, sample: int) -> list[tuple[int, int]]:
+        """(offset, length) of the pieces of the shard that hold a sample."""
+        starts, offsets, lengths = self._spans
+        first, end = int(starts[sample]), int(starts[sample + 1])
+        return list(zip(offsets[first:end].tolist(), lengths[first:end].tolist(), strict=True))
+
+    def visits(self, samples: Ints) -> tuple[list[tuple[str, int, int]], Ints]:
+        """The future in the words of the cache: (url, offset, length) of every span of these samples, in their order,
+        and how many spans each sample has."""
+        starts, offsets, lengths = self._spans
+        counts = starts[samples + 1] - starts[samples]
+        # For every span to be visited, its number: the first of its sample, plus its place among the sample's spans.
+        first_visit = np.concatenate([[0], np.cumsum(counts)[:-1]]).astype(np.int64)
+        spans = np.repeat(starts[samples] - first_visit, counts) + np.arange(int(counts.sum()))
+        shards = np.repeat(self.shard_of(samples), counts)
+        urls = [self.shards[shard].url for shard in shards.tolist()]
+        return list(zip(urls, offsets[spans].tolist(), lengths[spans].tolist(), strict=True)), counts
+
+
+MAX_SKIPPED_KEPT = 1000
+"""Of skipped entries, this many are kept with their reasons; all are counted."""
+
+
+def join(shards: Sequence[Shard], indices: Sequence[ShardIndex]) -> SampleIndex:
+    """One index over the samples of many shards, in their order."""
+    extensions = sorted({extension for index in indices for extension in index.extensions})
+    number = {extension: idx for idx, extension in enumerate(extensions)}
+    renumbered = [
+        np.array([number[extension] for extension in index.extensions], dtype=np.int32)[index.extension_ids]
+        for index in indices
+        if len(index.extension_ids)
+    ]
+    key_lengths = [
+        np.fromiter((len(key) for key in index.keys), dtype=np.int64, count=index.num_samples)
+        if index.keys is not None
+        else np.zeros(index.num_samples, dtype=np.int64)
+        for index in indices
+    ]
+    skipped = [(shard.url, *entry) for shard, index in zip(shards, indices, strict=True) for entry in index.skipped]
+    return SampleIndex(
+        shards=tuple(shards),
+        sample_starts=_starts([np.array([index.num_samples for index in indices], dtype=np.int64)]),
+        member_starts=_starts([index.member_counts for index in indices]),
+        offsets=_concatenate([index.offsets for index in indices]),
+        lengths=_concatenate([index.lengths for index in indices]),
+        extensions=tuple(extensions),
+        extension_ids=np.concatenate([np.empty(0, dtype=np.int32), *renumbered]),
+        key_starts=_starts(key_lengths),
+        key_bytes=b"".join(key for index in indices for key in index.keys or ()),
+        num_skipped=len(skipped),
+        skipped=tuple(skipped[:MAX_SKIPPED_KEPT]),
+    )
+
+
+def _concatenate(arrays: Sequence[Ints]) -> Ints:
+    return np.concatenate([np.empty(0, dtype=np.int64), *arrays])
+
+
+def _starts(counts: Sequence[Ints]) -> Ints:
+    return _concatenate([np.zeros(1, dtype=np.int64), np.cumsum(_concatenate(counts))])
