@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from tests.weed import bucket, s3_environment, weed
+from tests.weed import bucket, s3_environment, shared_bucket, weed
 
-__all__ = ["bucket", "s3_environment", "weed"]
+__all__ = ["bucket", "s3_environment", "shared_bucket", "weed"]
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -21,6 +21,13 @@ def weed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SeaweedServer]:
         yield server
 
 
+@pytest.fixture(scope="session")
+def shared_bucket(weed: SeaweedServer) -> str:
+    """One bucket for all tests that keep to a directory of their own in it; a new bucket costs half a second."""
+    weed.make_bucket("shared")
+    return "shared"
+
+
 @pytest.fixture
 def bucket(weed: SeaweedServer) -> str:
     """The name of a new, empty bucket."""

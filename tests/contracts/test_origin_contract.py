@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import pickle
 import random
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -101,11 +102,11 @@ def world(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[World]:
     kind = request.param
     if kind.startswith("s3"):
         request.getfixturevalue("s3_environment")
-        bucket = request.getfixturevalue("bucket")
+        place = f"{request.getfixturevalue('shared_bucket')}/{uuid.uuid4().hex}"
         yield {
-            "s3": lambda: RegistryWorld(f"s3://{bucket}/dir"),
-            "s3fs": lambda: RegistryWorld(f"fsspec+s3://{bucket}/dir"),
-            "s3fs-by-option": lambda: RegistryWorld(f"s3://{bucket}/dir", OriginOptions(prefer_s3fs=True)),
+            "s3": lambda: RegistryWorld(f"s3://{place}"),
+            "s3fs": lambda: RegistryWorld(f"fsspec+s3://{place}"),
+            "s3fs-by-option": lambda: RegistryWorld(f"s3://{place}", OriginOptions(prefer_s3fs=True)),
         }[kind]()
         return
     yield {
