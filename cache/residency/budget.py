@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 from cache.blocks import ExtentId
@@ -19,7 +20,8 @@ class Ghost:
     """An evicted file that readers still hold open: its bytes are on the disk until the last of them lets go."""
 
     size_bytes: int
-    holders: set[str]
+    holders: Counter[str]
+    """Per reader, how many times it was given the file and has not let go of it."""
     since_s: float
 
 
@@ -56,23 +58,38 @@ class Budget:
         self.used_bytes -= size_bytes
         self.num_files -= 1
 
-    def haunt(self, extent: ExtentId, generation: int, size_bytes: int, holders: set[str], now: float) -> None:
+    def haunt(self, extent: ExtentId, generation: int, size_bytes: int, holders: Counter[str], now: float) -> None:
         """The file was unlinked but is held open: its bytes go on counting."""
         self.ghosts[extent, generation] = Ghost(size_bytes, holders, now)
 
     def let_go(self, extent: ExtentId, generation: int, client_id: str) -> bool:
-        """A reader closed an evicted file; True when that freed its bytes."""
+        """A reader closed an evicted file once; True when that freed its bytes."""
         ghost = self.ghosts.get((extent, generation))
         if ghost is None:
             return False
-        ghost.holders.discard(client_id)
+        release(ghost.holders, client_id)
         if ghost.holders:
             return False
         del self.ghosts[extent, generation]
         self.give_back(ghost.size_bytes)
         return True
 
+    def forget_client(self, client_id: str) -> None:
+        """A reader is gone, and with it every file that it held."""
+        for (extent, generation), ghost in list(self.ghosts.items()):
+            if client_id in ghost.holders:
+                ghost.holders[client_id] = 1
+                self.let_go(extent, generation, client_id)
+
     def expected_back(self, now: float) -> tuple[int, int]:
         """Bytes and files that readers at work will let go of in a moment."""
         fresh = [ghost.size_bytes for ghost in self.ghosts.values() if now - ghost.since_s < STALE_HOLD_S]
         return sum(fresh), len(fresh)
+
+
+def release(holders: Counter[str], client_id: str) -> None:
+    """One hold less; a release that no hold stands against is ignored."""
+    if holders[client_id] > 1:
+        holders[client_id] -= 1
+    else:
+        del holders[client_id]

@@ -12,7 +12,7 @@ Guarantees, each a test in tests/cache/test_residency_machine.py:
 from __future__ import annotations
 
 import random
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -32,7 +32,7 @@ from cache.errors import CacheError, CapacityError
 from cache.order.lookahead import Lookahead
 from cache.residency import messages as m
 from cache.residency.blockstate import BlockMove, BlockState, moved
-from cache.residency.budget import INDEX_BYTES_PER_EXTENT, STALE_HOLD_S, Budget
+from cache.residency.budget import INDEX_BYTES_PER_EXTENT, STALE_HOLD_S, Budget, release
 from cache.residency.policy import UNKNOWN_USE, Candidate, EvictionPolicy, FarthestNextUse
 from cache.residency.retry import RetryPolicy
 from cache.residency.slots import EVICTION_WORD, Slots
@@ -85,7 +85,8 @@ class _Extent:
     last_use_s: float
     blocks: list[BlockState]
     needs_table: bool = False
-    holders: set[str] = field(default_factory=set)
+    holders: Counter[str] = field(default_factory=Counter)
+    """Per reader, how many times it was given the file and has not let go of it."""
     backlog: list[int] = field(default_factory=list)
     """Blocks to prefetch once the file is there."""
     num_busy: int = 0
@@ -111,7 +112,7 @@ class _Check:
 
 
 @dataclass
-class Counters:
+class Totals:
     """Totals since the daemon started."""
 
     fetched_blocks: int = 0
@@ -143,7 +144,7 @@ class Residency:
     ) -> None:
         self.budget = budget
         self.limits = limits or Limits()
-        self.counters = Counters()
+        self.counters = Totals()
         self.lookahead = Lookahead()
         self.slots = Slots(num_words)
         self.in_flight = 0
@@ -274,9 +275,10 @@ class Residency:
 
     def _blocks_wanted(self, event: m.BlocksWanted) -> None:
         obj = self._objects.get(event.content_id)
-        if obj is None:
-            error = CacheError(f"unknown object {event.content_id}", advice="open it first")
-            self._actions.append(m.Answer(event.request_id, error=error))
+        if obj is None or event.end > obj.num_blocks:
+            what = "unknown object" if obj is None else f"there is no block {event.end - 1} in"
+            error = CacheError(f"{what} {event.content_id}", advice="open the object first, and read within its size")
+            self._actions.append(m.Answer(event.request_id, cause="error", error=error))
             return
         extent = ExtentId(event.content_id, extent_of(event.first))
         state = self._extents.get(extent)
@@ -335,24 +337,23 @@ class Residency:
     def _extent_held(self, event: m.ExtentHeld) -> None:
         state = self._current(event.extent, event.generation)
         if state is not None:
-            state.holders.add(event.client_id)
+            state.holders[event.client_id] += 1
             return
         ghost = self.budget.ghosts.get((event.extent, event.generation))
         if ghost is not None:
-            ghost.holders.add(event.client_id)
+            ghost.holders[event.client_id] += 1
 
     def _extent_released(self, event: m.ExtentReleased) -> None:
         state = self._current(event.extent, event.generation)
         if state is not None:
-            state.holders.discard(event.client_id)
+            release(state.holders, event.client_id)
         else:
             self.budget.let_go(event.extent, event.generation, event.client_id)
 
     def _client_gone(self, event: m.ClientGone) -> None:
         for state in self._extents.values():
-            state.holders.discard(event.client_id)
-        for extent, generation in list(self.budget.ghosts):
-            self.budget.let_go(extent, generation, event.client_id)
+            del state.holders[event.client_id]
+        self.budget.forget_client(event.client_id)
         for request_id, want in list(self._wants.items()):
             if want.event.client_id == event.client_id:
                 self._drop_want(request_id)

@@ -19,7 +19,7 @@ UNKNOWN_USE = math.inf
 @dataclass(frozen=True)
 class Candidate:
     """An extent that may be evicted now. `next_use`: how many visits away its next known use is (UNKNOWN_USE: none known).
-    `last_use_s`: when a reader last asked for it. `is_held`: a live reader has it open, so its bytes come free only when that reader lets go."""
+    `last_use_s`: when a reader last asked for it. `is_held`: a live reader has it open, so its bytes come free only when it lets go."""
 
     extent: ExtentId
     size_bytes: int

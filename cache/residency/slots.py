@@ -1,8 +1,9 @@
 """Which residency words belong to which object: an allocator of ranges within one fixed table. No I/O.
 
-Word 0 counts evictions: a reader that sees it changed looks through the files that it holds. An object gets one word per block,
-followed by one per extent. Generations are never used twice, so a word that a late reader of a former owner still looks at cannot
-equal the generation that it remembers.
+Word 0 counts evictions: a reader that sees it changed looks through the files that it holds. Word 1 is the daemon's heartbeat: a reader
+that waits and sees it stand still knows that nobody is working for it. An object gets one word per block, followed by one per extent.
+Generations are never used twice, so a word that a late reader of a former owner still looks at cannot equal the generation that it
+remembers.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ from __future__ import annotations
 from cache.errors import CapacityError
 
 EVICTION_WORD = 0
+HEARTBEAT_WORD = 1
+_FIRST_FREE_WORD = 2
 
 
 class Slots:
     def __init__(self, num_words: int) -> None:
         self._num_words = num_words
-        self._end = 1
+        self._end = _FIRST_FREE_WORD
         self._free: dict[int, list[int]] = {}
 
     def take(self, count: int) -> int:

@@ -18,7 +18,7 @@ import json
 import struct
 from dataclasses import dataclass
 
-import google_crc32c
+import crc32c
 
 from cache.blocks import BLOCKS_PER_EXTENT, ObjectId, extent_span, num_extents
 from cache.errors import CorruptBlock
@@ -41,7 +41,7 @@ def checksum(data: bytes | bytearray | memoryview) -> int:
     >>> hex(checksum(b"123456789"))
     '0xe3069283'
     """
-    return int(google_crc32c.value(data))
+    return crc32c.crc32c(data)
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,9 @@ class ExtentHeader:
 
 @dataclass(frozen=True)
 class BlockEntry:
-    """Checksum and length of one block that was written."""
+    """Checksum (CRC-32C) and length of one block that was written."""
 
-    crc32c: int
+    crc: int
     length: int
 
 
@@ -120,7 +120,7 @@ def entry_offset(slot: int) -> int:
 
 
 def encode_entry(entry: BlockEntry, content_id: str, extent_idx: int, slot: int) -> bytes:
-    return _ENTRY.pack(_PRESENT, entry.crc32c, entry.length, _entry_check(entry, content_id, extent_idx, slot))
+    return _ENTRY.pack(_PRESENT, entry.crc, entry.length, _entry_check(entry, content_id, extent_idx, slot))
 
 
 def decode_entry(page: bytes, content_id: str, extent_idx: int, slot: int) -> BlockEntry | None:
@@ -133,4 +133,4 @@ def decode_entry(page: bytes, content_id: str, extent_idx: int, slot: int) -> Bl
 
 def _entry_check(entry: BlockEntry, content_id: str, extent_idx: int, slot: int) -> int:
     """Ties an entry to its place, so that a table copied from another file is not believed."""
-    return checksum(f"{content_id}:{extent_idx}:{slot}:{entry.length}:{entry.crc32c}".encode())
+    return checksum(f"{content_id}:{extent_idx}:{slot}:{entry.length}:{entry.crc}".encode())

@@ -1,0 +1,297 @@
+"""`python -m cache`: serve, preload, status, evict. Translates flags and environment; holds no judgement.
+
+Exit codes: 0 done; 1 not everything could be done (the output says what); 2 wrong usage or configuration; 3 no daemon answers; 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cache.daemon.config import DaemonConfig, format_bytes, parse_address, parse_bytes
+from cache.errors import CacheConfigError, CacheError, DaemonUnavailable
+from cache.store.directory import serving_daemon
+
+EXIT_INCOMPLETE, EXIT_USAGE, EXIT_NO_DAEMON, EXIT_INTERRUPTED = 1, 2, 3, 130
+
+DEFAULT_SOCKET_NAME = "cache.sock"
+
+
+def _bytes(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
+    return None if value is None else parse_bytes(value)
+
+
+def _address(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[str, int] | None:
+    return None if value is None else parse_address(value)
+
+
+class _JsonFormatter(logging.Formatter):
+    """One JSON object per line, for collectors."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        entry = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            entry["exception"] = self.formatException(record.exc_info)
+        return json.dumps(entry)
+
+
+def _log_to_stderr(style: str) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_JsonFormatter() if style == "json" else logging.Formatter("cache: %(message)s"))
+    logger = logging.getLogger("railhead.cache")
+    logger.handlers[:] = [handler]
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+
+
+_socket_option = click.option(
+    "--socket",
+    envvar="RAILHEAD_CACHE_SOCKET",
+    type=click.Path(path_type=Path),
+    help="The daemon's Unix socket. [default: $RAILHEAD_CACHE_SOCKET]",
+)
+_dir_option = click.option(
+    "--dir",
+    "directory",
+    type=click.Path(path_type=Path),
+    help="Ask the daemon that serves this directory, instead of --socket.",
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+def cli() -> None:
+    """Object-store shards on this node's disk, ahead of the order in which training reads them."""
+
+
+@cli.command()
+@click.option(
+    "--dir", "directory", type=click.Path(path_type=Path), required=True, help="Node-local directory for the cache."
+)
+@click.option(
+    "--capacity", callback=_bytes, metavar="SIZE", required=True, help="Hard bound on its size: 200GB, 1.5TiB, …"
+)
+@click.option(
+    "--socket", type=click.Path(path_type=Path), help=f"Unix socket to serve. [default: DIR/{DEFAULT_SOCKET_NAME}]"
+)
+@click.option("--max-files", default=1_000_000, show_default=True, help="Hard bound on the number of files (inodes).")
+@click.option("--workers", default=2, show_default=True, help="Fetch worker processes.")
+@click.option("--max-in-flight", default=16, show_default=True, help="Blocks of 4 MiB fetched at once.")
+@click.option(
+    "--metadata-ttl", default=10.0, show_default=True, help="Seconds for which what HEAD said of an object is believed."
+)
+@click.option(
+    "--metrics",
+    callback=_address,
+    metavar="HOST:PORT",
+    help="Serve /metrics, /healthz and /status over HTTP here. [default: not]",
+)
+@click.option("--announce", is_flag=True, help="Print one JSON line on standard output once readers can connect.")
+@click.option("--exit-with-parent", is_flag=True, help="Drain and exit when the process that started the daemon dies.")
+@click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True)
+def serve(
+    directory: Path,
+    capacity: int,
+    socket: Path | None,
+    max_files: int,
+    workers: int,
+    max_in_flight: int,
+    metadata_ttl: float,
+    metrics: tuple[str, int] | None,
+    announce: bool,
+    exit_with_parent: bool,
+    log_format: str,
+) -> None:
+    """Serve readers of this node until SIGTERM or Ctrl-C. What is resident stays for the next start."""
+    from cache.daemon.server import serve as run_daemon
+
+    _log_to_stderr(log_format)
+    config = DaemonConfig(
+        dir=directory.absolute(),
+        capacity_bytes=capacity,
+        socket=(socket or directory / DEFAULT_SOCKET_NAME).absolute(),
+        max_files=max_files,
+        num_workers=workers,
+        max_in_flight=max_in_flight,
+        metadata_ttl_s=metadata_ttl,
+        metrics=metrics,
+        exit_with_parent=exit_with_parent,
+    )
+    sys.exit(run_daemon(config, announce=announce))
+
+
+@cli.command()
+@click.argument("urls", nargs=-1, required=True, metavar="URL...")
+@_socket_option
+@_dir_option
+@click.option(
+    "--capacity",
+    callback=_bytes,
+    metavar="SIZE",
+    help="With --dir: start a daemon there for as long as the preload takes.",
+)
+@click.option("--jobs", default=16, show_default=True, help="Objects waited for at once.")
+@click.option(
+    "--verify/--no-verify", default=True, show_default=True, help="Read everything back and compare checksums."
+)
+@click.option("--json", "as_json", is_flag=True, help="The result as JSON on standard output.")
+def preload(
+    urls: tuple[str, ...],
+    socket: Path | None,
+    directory: Path | None,
+    capacity: int | None,
+    jobs: int,
+    verify: bool,
+    as_json: bool,
+) -> None:
+    """Fetch all objects below the URLs. Exit code 0 if and only if every byte is resident (and verified)."""
+    from cache.preload import preload as run_preload
+
+    _log_to_stderr("text")
+    with _daemon_for(socket, directory, capacity) as path:
+        result = run_preload(path, urls, jobs=jobs, verify=verify)
+    if as_json:
+        click.echo(json.dumps(result.to_json()))
+    else:
+        click.echo(result.summary())
+    sys.exit(0 if result.is_complete else EXIT_INCOMPLETE)
+
+
+@cli.command()
+@_socket_option
+@_dir_option
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+def status(socket: Path | None, directory: Path | None, as_json: bool) -> None:
+    """What the daemon of this node holds and does."""
+    from cache.daemon import probe
+
+    path = _find_socket(socket, directory)
+    account = probe.status(path)
+    if account is None:
+        raise DaemonUnavailable(f"no cache daemon answers at {path}")
+    click.echo(json.dumps(account, indent=2) if as_json else _status_page(account))
+
+
+@cli.command()
+@click.argument("urls", nargs=-1, required=True, metavar="URL...")
+@_socket_option
+@_dir_option
+def evict(urls: tuple[str, ...], socket: Path | None, directory: Path | None) -> None:
+    """Remove objects from this node's disk. Readers that have them open go on reading."""
+    from cache.client import Cache
+
+    cache = Cache(_find_socket(socket, directory))
+    for url in urls:
+        for info in cache.list(url):
+            freed = cache.ask_daemon({"op": "evict", "url": info.url})["evicted_bytes"]
+            click.echo(f"{info.url}: {format_bytes(freed)} evicted")
+
+
+def _find_socket(socket: Path | None, directory: Path | None) -> str:
+    if directory is not None:
+        serving = serving_daemon(directory)
+        if serving is None:
+            raise DaemonUnavailable(
+                f"no cache daemon serves {directory}", advice=f"start one: python -m cache serve --dir {directory} …"
+            )
+        return serving.socket
+    if socket is None:
+        raise click.UsageError("which daemon? give --socket or --dir, or set RAILHEAD_CACHE_SOCKET")
+    return str(socket)
+
+
+@contextmanager
+def _daemon_for(socket: Path | None, directory: Path | None, capacity: int | None) -> Iterator[str]:
+    """The socket of a daemon; with --dir and --capacity one of our own if none serves there yet."""
+    if directory is None or capacity is None:
+        yield _find_socket(socket, directory)
+        return
+    with tempfile.TemporaryDirectory(prefix="railhead-") as folder:
+        command = [sys.executable, "-m", "cache", "serve", "--dir", str(directory), "--capacity", str(capacity)]
+        command += ["--socket", str(Path(folder) / DEFAULT_SOCKET_NAME), "--announce", "--exit-with-parent"]
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, start_new_session=True
+        ) as process:
+            assert process.stdout is not None
+            try:
+                line = process.stdout.readline()
+                if not line:
+                    raise CacheConfigError("the cache daemon did not start", advice="its message is above")
+                yield json.loads(line)["socket"]
+            finally:
+                process.terminate()
+                process.wait()
+
+
+def _status_page(account: dict[str, Any]) -> str:
+    counters, readers = account["counters"], account["readers"]
+    reads = sum(readers.get(key, 0) for key in ("hits", "misses", "direct_reads"))
+    hit_ratio = f"{readers.get('hits', 0) / reads:.1%}" if reads else "–"
+    used, capacity = account["used_bytes"], account["capacity_bytes"]
+    causes = {key.removeprefix("wait_s:"): value for key, value in readers.items() if key.startswith("wait_s:")}
+    waits = (
+        ", ".join(f"{cause} {seconds:.1f} s" for cause, seconds in sorted(causes.items(), key=lambda kv: -kv[1]))
+        or "none"
+    )
+    rows = [
+        ("serving", f"{account['dir']} at {account['socket']}, for {account['uptime_s']:.0f} s"),
+        (
+            "used",
+            f"{format_bytes(used)} of {format_bytes(capacity)} ({used / capacity:.1%}), {account['extents']} extents",
+        ),
+        ("held by readers", f"{format_bytes(account['held_bytes'])} evicted but still open"),
+        ("at start", f"{format_bytes(account['resident_bytes_at_start'])} found on disk"),
+        ("from the origin", f"{format_bytes(counters['fetched_bytes'])} in {counters['fetched_blocks']} blocks"),
+        (
+            "",
+            f"{counters['demand_fetches']} waited for, {counters['prefetches']} ahead, {counters['retries']} tried again",
+        ),
+        ("readers", f"{account['clients']} connected, {account['streams']} with known order"),
+        (
+            "reads",
+            f"{reads:.0f}, hit ratio {hit_ratio}, {format_bytes(readers.get('direct_bytes', 0))} past the daemon",
+        ),
+        ("waited", f"{readers.get('wait_s', 0):.1f} s: {waits}"),
+        ("verified", f"{counters['verified_blocks']} blocks, {counters['rotten_blocks']} rotten"),
+        ("evicted", f"{format_bytes(counters['evicted_bytes'])} in {counters['evicted_extents']} extents"),
+    ]
+    return "\n".join(f"{name:<16} {text}" for name, text in rows)
+
+
+def main() -> None:
+    try:
+        cli(standalone_mode=False)
+    except click.exceptions.Abort:
+        sys.exit(EXIT_INTERRUPTED)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except CacheConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_USAGE)
+    except DaemonUnavailable as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_NO_DAEMON)
+    except CacheError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_INCOMPLETE)
+    except BrokenPipeError:
+        # The reader of our output has gone (`… | head`): nothing is left to say.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)

@@ -1,0 +1,97 @@
+"""The daemon's configuration: frozen, checked when built."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from cache.errors import CacheConfigError
+
+MAX_SOCKET_PATH_BYTES = 107
+"""The kernel's limit for a Unix socket's address (sun_path, 108 bytes with its end mark)."""
+
+MIN_CAPACITY_BYTES = 8 * 1024 * 1024
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+@dataclass(frozen=True)
+class DaemonConfig:
+    dir: Path
+    """Node-local directory that holds the cache. Made if missing; other files in it are left alone."""
+    capacity_bytes: int
+    """Hard bound on the bytes of the cache's files, those in flight and those that readers hold open after eviction included."""
+    socket: Path
+    """Unix socket for readers; made with mode 0600, so only this user (and root) can connect."""
+    max_files: int = 1_000_000
+    """Hard bound on the number of extent files (inodes). One per object up to 64 MiB, one more per further 64 MiB."""
+    num_workers: int = 2
+    """Fetch worker processes. Two saturate about 20 Gbit/s; more help beyond that."""
+    max_in_flight: int = 16
+    """Blocks under way at once. Each costs up to 4 MiB of a worker's memory, so 16 bound payload memory to 64 MiB. By Little's law
+    16 blocks at 100 ms each are 640 MiB/s; raise it for faster or farther origins."""
+    metadata_ttl_s: float = 10.0
+    """For how long what HEAD said of an object is believed by further opens. Ranks of one job that start together share one HEAD; an
+    object that is overwritten is noticed by whoever opens it later than this."""
+    metrics: tuple[str, int] | None = None
+    """Host and port for /metrics, /healthz and /status over HTTP; None: not offered."""
+    exit_with_parent: bool = False
+    """Drain and exit when the process that started the daemon dies, by whatever signal."""
+
+    def __post_init__(self) -> None:
+        if self.capacity_bytes < MIN_CAPACITY_BYTES:
+            raise CacheConfigError(
+                f"capacity of {self.capacity_bytes} bytes is too small",
+                advice=f"--capacity must be at least {format_bytes(MIN_CAPACITY_BYTES)} (two blocks); 64 MiB and more make sense",
+            )
+        length = len(os.fsencode(self.socket))
+        if length > MAX_SOCKET_PATH_BYTES:
+            raise CacheConfigError(
+                f"the socket's path has {length} bytes, the kernel allows {MAX_SOCKET_PATH_BYTES}: {self.socket}",
+                advice="choose a shorter one with --socket, for instance below /tmp or $XDG_RUNTIME_DIR",
+            )
+        for name in ("max_files", "num_workers", "max_in_flight"):
+            if getattr(self, name) < 1:
+                raise CacheConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
+
+def parse_bytes(text: str) -> int:
+    """A number of bytes as people write it. Raises CacheConfigError.
+
+    >>> parse_bytes("200GB"), parse_bytes("1.5 GiB"), parse_bytes("4096")
+    (200000000000, 1610612736, 4096)
+    """
+    cleaned = text.strip().lower().replace("_", "")
+    number = cleaned.rstrip("bikmgt ")
+    unit = cleaned[len(number) :].strip()
+    unit = unit[:-1] if unit.endswith("b") else unit
+    try:
+        value = float(number) * _UNITS[unit]
+        if not 0 <= value < 2**62:
+            raise ValueError
+        return int(value)
+    except (ValueError, KeyError):
+        raise CacheConfigError(
+            f"{text!r} is not a number of bytes", advice="write it like 200GB, 1.5TiB or 64MiB"
+        ) from None
+
+
+def format_bytes(count: float) -> str:
+    """
+    >>> format_bytes(0), format_bytes(1536), format_bytes(200 * 2**30)
+    ('0 B', '1.5 KiB', '200 GiB')
+    """
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024:
+            return f"{count:.3g} {unit}" if count < 1000 else f"{count:.0f} {unit}"
+        count /= 1024
+    return f"{count:.4g} TiB"
+
+
+def parse_address(text: str) -> tuple[str, int]:
+    """`host:port` (or `:port` for loopback, `[::1]:port`). Raises CacheConfigError."""
+    host, _, port = text.rpartition(":")
+    if not port.isdigit() or int(port) > 65535:
+        raise CacheConfigError(f"{text!r} is not an address", advice="write host:port, for instance 127.0.0.1:9400")
+    return host.strip("[]") or "127.0.0.1", int(port)

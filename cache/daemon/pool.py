@@ -1,0 +1,153 @@
+"""The control process's side of its fetch workers: starts them, hands requests out, starts another when one dies."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+from typing import Any
+
+from cache.daemon import wire
+from cache.errors import OriginUnavailable, from_wire
+
+log = logging.getLogger("railhead.cache")
+
+_PR_SET_PDEATHSIG = 1
+RECV_BYTES = 64 * 1024
+
+
+class WorkerProcess:
+    """One worker. `request` may be called concurrently from the event loop."""
+
+    def __init__(self) -> None:
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        with theirs:
+            self.process = start_worker(theirs)
+        self._sock = ours
+        self._next_id = 0
+        self._waiting: dict[int, asyncio.Future[wire.Frame]] = {}
+        self._send_lock = asyncio.Lock()
+        self.reader = asyncio.create_task(self._read())
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    async def request(self, header: dict[str, Any]) -> wire.Frame:
+        """The worker's answer. Raises the CacheError that it reports; OriginUnavailable (retryable) when it dies."""
+        loop = asyncio.get_running_loop()
+        self._next_id += 1
+        request_id = self._next_id
+        future: asyncio.Future[wire.Frame] = loop.create_future()
+        self._waiting[request_id] = future
+        try:
+            async with self._send_lock:
+                try:
+                    await loop.sock_sendall(self._sock, wire.encode({**header, "id": request_id}))
+                except OSError as error:
+                    raise OriginUnavailable(f"fetch worker {self.process.pid} is gone: {error}") from error
+            frame = await future
+        finally:
+            self._waiting.pop(request_id, None)
+        if "error" in frame.header:
+            raise from_wire(frame.header["error"])
+        return frame
+
+    async def _read(self) -> None:
+        decoder = wire.Decoder()
+        loop = asyncio.get_running_loop()
+        try:
+            while data := await loop.sock_recv(self._sock, RECV_BYTES):
+                for frame in decoder.feed(data):
+                    future = self._waiting.get(frame.header.get("id", -1))
+                    if future is not None and not future.done():
+                        future.set_result(frame)
+        except OSError:
+            pass
+        for future in self._waiting.values():
+            if not future.done():
+                future.set_exception(
+                    OriginUnavailable(f"fetch worker {self.process.pid} died while it worked on this request")
+                )
+
+    def close(self) -> None:
+        """The worker ends by itself when its socket closes; `kill` for the one that does not."""
+        self.reader.cancel()
+        self._sock.close()
+
+
+class WorkerPool:
+    """`size` workers; one that dies is replaced, and what it had in hand fails as retryable."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._workers: list[WorkerProcess] = []
+        self._keepers: list[asyncio.Task[None]] = []
+        self.num_restarts = 0
+
+    def start(self) -> None:
+        self._workers = [WorkerProcess() for _ in range(self._size)]
+        self._keepers = [asyncio.create_task(self._keep(idx)) for idx in range(self._size)]
+
+    @property
+    def pids(self) -> list[int]:
+        return [worker.process.pid for worker in self._workers]
+
+    async def request(self, header: dict[str, Any]) -> wire.Frame:
+        """From the worker with least in hand. Raises CacheError."""
+        worker = min(self._workers, key=lambda w: (w.reader.done(), w.num_waiting))
+        return await worker.request(header)
+
+    async def _keep(self, idx: int) -> None:
+        while True:
+            worker = self._workers[idx]
+            await asyncio.wait([worker.reader])
+            code = await asyncio.to_thread(worker.process.wait)
+            log.warning("fetch worker %d ended (%s); starting another", worker.process.pid, _describe_exit(code))
+            worker.close()
+            self.num_restarts += 1
+            await asyncio.sleep(0.1)
+            self._workers[idx] = WorkerProcess()
+
+    async def close(self, grace_s: float = 1.0) -> None:
+        for keeper in self._keepers:
+            keeper.cancel()
+        await asyncio.gather(*self._keepers, return_exceptions=True)
+        for worker in self._workers:
+            worker.close()
+        ended = [asyncio.create_task(asyncio.to_thread(worker.process.wait)) for worker in self._workers]
+        if ended:
+            await asyncio.wait(ended, timeout=grace_s)
+        for worker in self._workers:
+            if worker.process.poll() is None:
+                worker.process.kill()
+        await asyncio.gather(*ended, return_exceptions=True)
+
+
+def start_worker(sock: socket.socket, *, dies_with_parent: bool = True) -> subprocess.Popen[bytes]:
+    """A worker process that serves `sock` until the other end closes. `dies_with_parent`: also when the calling thread ends, however."""
+    libc = ctypes.CDLL(None)
+
+    def die_with_parent() -> None:
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+    # -P and a path of our own at the end: a `cache.py` in the trainer's working directory must not be taken for us.
+    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    code = f"import sys; sys.path.append({root!r}); from cache.daemon.worker import main; main()"
+    return subprocess.Popen(
+        [sys.executable, "-P", "-c", code, str(sock.fileno())],
+        stdin=subprocess.DEVNULL,
+        stdout=2,
+        pass_fds=[sock.fileno()],
+        preexec_fn=die_with_parent if dies_with_parent else None,
+    )
+
+
+def _describe_exit(code: int) -> str:
+    return f"exit code {code}" if code >= 0 else signal.Signals(-code).name

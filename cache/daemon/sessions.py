@@ -1,0 +1,300 @@
+"""One reader's connections: requests in, answers and open files out. What the requests mean is the control's business.
+
+Requests and their answers (each request with an `id` is answered exactly once, by `{"id": …, …}` or `{"id": …, "error": …}`):
+
+    hello     {version, client_id, pid}                      → {version, num_words, capacity_bytes} + the words' descriptor
+    open      {url, etag?}                                   → {content_id, url, etag, size_bytes, base, on_disk_bytes}
+    want      {content_id, first, end, have}                 → {generation, cause, wait_s} + the file, unless `have` is its generation
+    check     {content_id, extent_idx}                       → {cause}
+    list      {url}                                          → {objects}
+    status    {}                                             → the daemon's account
+    evict     {url}                                          → {evicted_bytes}
+
+and without an answer: hint {content_id, first, end}, release {content_id, extent_idx, generation}, announce {stream, urls, num_visits} +
+visits, advance {stream, num_visits}, close_stream {stream}, report {stats}.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from cache.blocks import ExtentId, extent_of
+from cache.daemon import wire
+from cache.daemon.control import Control
+from cache.daemon.probe import PROBE_PREFIX
+from cache.errors import CacheError, CapacityError
+from cache.residency import messages as m
+
+log = logging.getLogger("railhead.cache")
+
+RECV_BYTES = 64 * 1024
+MAX_REQUESTS_PER_CONNECTION = 256
+
+Reply = tuple[dict[str, Any], list[int]]
+"""Header fields, and descriptors to pass along."""
+
+
+class Clients:
+    """Who is connected. A client (a process) may have several connections; it has gone when the last of them closes."""
+
+    def __init__(self, control: Control) -> None:
+        self._control = control
+        self._connections: dict[str, int] = {}
+        self._streams: dict[str, set[str]] = {}
+        self._reports: dict[str, dict[str, float]] = {}
+        self._totals: dict[str, float] = {}
+
+    def came(self, client_id: str) -> None:
+        self._connections[client_id] = self._connections.get(client_id, 0) + 1
+
+    def went(self, client_id: str) -> None:
+        self._connections[client_id] -= 1
+        if self._connections[client_id] > 0:
+            return
+        del self._connections[client_id]
+        for stream_id in self._streams.pop(client_id, set()):
+            self._control.tell(m.StreamClosed(stream_id))
+        for key, value in self._reports.pop(client_id, {}).items():
+            self._totals[key] = self._totals.get(key, 0) + value
+        self._control.tell(m.ClientGone(client_id))
+
+    def stream_id(self, client_id: str, name: str) -> str:
+        """The machine's name for a reader's stream: two readers may use the same name."""
+        stream_id = f"{client_id}/{name}"
+        self._streams.setdefault(client_id, set()).add(stream_id)
+        return stream_id
+
+    def report(self, client_id: str, stats: dict[str, float]) -> None:
+        self._reports[client_id] = {str(key): value for key, value in stats.items() if isinstance(value, int | float)}
+
+    def readers(self) -> dict[str, float]:
+        """What all readers, present and gone, have reported: sums."""
+        totals = dict(self._totals)
+        for report in self._reports.values():
+            for key, value in report.items():
+                totals[key] = totals.get(key, 0) + value
+        return {key: round(value, 6) for key, value in sorted(totals.items())}
+
+    @property
+    def num_clients(self) -> int:
+        """Reader processes; somebody who only asks how things are is none."""
+        return sum(not client_id.startswith(PROBE_PREFIX) for client_id in self._connections)
+
+
+class Session:
+    """One connection. `serve` returns when the reader has gone."""
+
+    def __init__(self, sock: socket.socket, control: Control, clients: Clients) -> None:
+        self._sock = sock
+        self._control = control
+        self._clients = clients
+        self._client_id = ""
+        self._send_lock = asyncio.Lock()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._in_order = asyncio.Lock()
+
+    async def serve(self) -> None:
+        loop = asyncio.get_running_loop()
+        decoder = wire.Decoder()
+        try:
+            while data := await loop.sock_recv(self._sock, RECV_BYTES):
+                for frame in decoder.feed(data):
+                    await self._accept(frame)
+        except (wire.ProtocolError, KeyError, TypeError, ValueError) as error:
+            log.warning("a reader was disconnected: %s: %s", type(error).__name__, error)
+        except OSError:
+            pass
+        finally:
+            self._sock.close()
+            for task in list(self._tasks):
+                task.cancel()
+            if self._client_id:
+                self._clients.went(self._client_id)
+
+    async def _accept(self, frame: wire.Frame) -> None:
+        """One frame: told at once, or answered by a task of its own so that a long wait does not hold up the next request."""
+        request = frame.header
+        op = str(request["op"])
+        if not self._client_id and op != "hello":
+            raise wire.ProtocolError(f"{op} before hello")
+        if op in _TOLD:
+            _TOLD[op](self, request)
+        elif op == "announce":
+            self._spawn(self._announce(frame))
+        elif len(self._tasks) >= MAX_REQUESTS_PER_CONNECTION:
+            raise wire.ProtocolError(f"more than {MAX_REQUESTS_PER_CONNECTION} requests at once on one connection")
+        elif op in _ANSWERED:
+            self._spawn(self._answer(request, _ANSWERED[op](self, request)))
+        else:
+            raise wire.ProtocolError(f"unknown request {op!r}")
+
+    def _spawn(self, work: Any) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _answer(self, request: dict[str, Any], work: Awaitable[Reply]) -> None:
+        fds: list[int] = []
+        try:
+            header, fds = await work
+        except CacheError as error:
+            header = {"error": error.to_wire()}
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            header = {"error": CacheError(f"request {request.get('op')!r} is malformed: {error!r}").to_wire()}
+        try:
+            await self._send({"id": request.get("id"), **header}, fds)
+        except OSError:
+            pass  # The reader has gone; `serve` notices.
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+    async def _send(self, header: dict[str, Any], fds: list[int]) -> None:
+        data = wire.encode({**header, "fds": len(fds)} if fds else header)
+        loop = asyncio.get_running_loop()
+        async with self._send_lock:
+            if fds:
+                while True:
+                    try:
+                        sent = socket.send_fds(self._sock, [data], fds)
+                        break
+                    except BlockingIOError:
+                        await _writable(self._sock)
+                data = data[sent:]
+            if data:
+                await loop.sock_sendall(self._sock, data)
+
+    # -- answered --
+
+    async def _hello(self, request: dict[str, Any]) -> Reply:
+        if request["version"] != wire.PROTOCOL_VERSION:
+            raise CacheError(
+                f"the reader speaks version {request['version']} of the protocol, this daemon {wire.PROTOCOL_VERSION}",
+                advice="run the same version of railhead on both sides",
+            )
+        if self._client_id:
+            raise CacheError("hello came twice")
+        self._client_id = str(request["client_id"])
+        self._clients.came(self._client_id)
+        header = {
+            "version": wire.PROTOCOL_VERSION,
+            "num_words": self._control.words.num_words,
+            "capacity_bytes": self._control.config.capacity_bytes,
+        }
+        return header, [os.dup(self._control.words.fd)]
+
+    async def _open(self, request: dict[str, Any]) -> Reply:
+        object_id = await self._control.open_object(self._client_id, str(request["url"]), request.get("etag"))
+        residency = self._control.residency
+        header = {
+            "content_id": object_id.content_id,
+            "url": object_id.url,
+            "etag": object_id.etag,
+            "size_bytes": object_id.size_bytes,
+            "base": residency.word_base(object_id.content_id),
+            "on_disk_bytes": residency.on_disk_bytes(object_id.content_id),
+        }
+        return header, []
+
+    async def _want(self, request: dict[str, Any]) -> Reply:
+        content_id, first, end = str(request["content_id"]), int(request["first"]), int(request["end"])
+        if not 0 <= first < end or extent_of(first) != extent_of(end - 1):
+            raise ValueError(f"blocks [{first}, {end}) are not within one extent")
+        started = time.monotonic()
+        answer = await self._control.want(self._client_id, content_id, first, end)
+        extent = ExtentId(content_id, extent_of(first))
+        header = {"generation": answer.generation, "cause": answer.cause, "wait_s": time.monotonic() - started}
+        if answer.generation == request.get("have"):
+            return header, []
+        # Held before it is opened: an eviction from now on counts the file's bytes until this reader lets go.
+        self._control.tell(m.ExtentHeld(self._client_id, extent, answer.generation))
+        try:
+            fd = os.open(self._control.directory.extent_path(extent, answer.generation), os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            self._control.tell(m.ExtentReleased(self._client_id, extent, answer.generation))
+            raise CapacityError(
+                f"an extent of {content_id} was evicted before it could be handed over: {error.strerror}"
+            ) from error
+        return header, [fd]
+
+    async def _check(self, request: dict[str, Any]) -> Reply:
+        extent = ExtentId(str(request["content_id"]), int(request["extent_idx"]))
+        answer = await self._control.check(self._client_id, extent)
+        return {"cause": answer.cause}, []
+
+    async def _list(self, request: dict[str, Any]) -> Reply:
+        return {"objects": await self._control.list_objects(str(request["url"]))}, []
+
+    async def _status(self, request: dict[str, Any]) -> Reply:
+        status = self._control.status()
+        return {"status": {**status, "clients": self._clients.num_clients, "readers": self._clients.readers()}}, []
+
+    async def _evict(self, request: dict[str, Any]) -> Reply:
+        before = self._control.residency.counters.evicted_bytes
+        for object_id in [o for o in self._control.residency.objects() if o.url == request["url"]]:
+            self._control.tell(m.EvictAsked(object_id.content_id))
+        return {"evicted_bytes": self._control.residency.counters.evicted_bytes - before}, []
+
+    # -- told --
+
+    async def _announce(self, frame: wire.Frame) -> None:
+        """In the order of arrival: windows of one stream must not overtake each other while their objects are looked up."""
+        async with self._in_order:
+            try:
+                urls, visits = wire.unpack_visits(frame)
+                stream_id = self._clients.stream_id(self._client_id, str(frame.header["stream"]))
+                await self._control.announce(self._client_id, stream_id, urls, visits)
+            except (CacheError, wire.ProtocolError, KeyError) as error:
+                log.warning("an announced order was ignored: %s", error)
+
+    def _advance(self, request: dict[str, Any]) -> None:
+        stream_id = self._clients.stream_id(self._client_id, str(request["stream"]))
+        self._control.tell(m.OrderAdvanced(stream_id, int(request["num_visits"])))
+
+    def _close_stream(self, request: dict[str, Any]) -> None:
+        self._control.tell(m.StreamClosed(self._clients.stream_id(self._client_id, str(request["stream"]))))
+
+    def _hint(self, request: dict[str, Any]) -> None:
+        self._control.tell(m.BlocksHinted(str(request["content_id"]), int(request["first"]), int(request["end"])))
+
+    def _release(self, request: dict[str, Any]) -> None:
+        extent = ExtentId(str(request["content_id"]), int(request["extent_idx"]))
+        self._control.tell(m.ExtentReleased(self._client_id, extent, int(request["generation"])))
+
+    def _report(self, request: dict[str, Any]) -> None:
+        self._clients.report(self._client_id, dict(request["stats"]))
+
+
+_ANSWERED: dict[str, Callable[[Session, dict[str, Any]], Awaitable[Reply]]] = {
+    "hello": Session._hello,
+    "open": Session._open,
+    "want": Session._want,
+    "check": Session._check,
+    "list": Session._list,
+    "status": Session._status,
+    "evict": Session._evict,
+}
+
+_TOLD: dict[str, Callable[[Session, dict[str, Any]], None]] = {
+    "advance": Session._advance,
+    "close_stream": Session._close_stream,
+    "hint": Session._hint,
+    "release": Session._release,
+    "report": Session._report,
+}
+
+
+async def _writable(sock: socket.socket) -> None:
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[None] = loop.create_future()
+    loop.add_writer(sock.fileno(), future.set_result, None)
+    try:
+        await future
+    finally:
+        loop.remove_writer(sock.fileno())

@@ -1,0 +1,148 @@
+"""A fetch worker: a process that owns connections to origins and carries payload, from the network into extent files.
+
+`python -m cache.daemon.worker FD` serves frames on the inherited socket FD until it is closed. One request, one answer, in any order;
+`id` ties them. It decides nothing: no retries, no choice of what to fetch. Readers whose daemon is away use one of these as well, to
+read the origin directly (client/direct.py).
+
+    head   {url}                                            → {info}
+    list   {url}                                            → {objects}
+    read   {url, etag, start, end}                          → body
+    fetch  {url, etag, start, end, path, slot, offset}      → {crc32c, seconds}     the block is in its file
+    check  {path, slot, offset, length}                     → {is_sound}
+    table  {path}                                           → {present}
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import sys
+import time
+from collections import OrderedDict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cache.daemon import wire
+from cache.errors import CacheError, CapacityError, OriginUnavailable
+from cache.origin.registry import origin_for
+from cache.store.files import block_is_sound, read_header, write_block
+from cache.store.format import HEADER_BYTES, ExtentHeader, decode_header
+
+if TYPE_CHECKING:
+    from cache.origin.ports import ObjectInfo
+
+MAX_OPEN_FILES = 64
+READ_BYTES = 256 * 1024
+
+
+class _OpenExtents:
+    """The extent files written last, kept open. Blocking, event loop only; paths are never used twice (they hold the generation)."""
+
+    def __init__(self) -> None:
+        self._open: OrderedDict[str, tuple[int, ExtentHeader]] = OrderedDict()
+
+    def get(self, path: str) -> tuple[int, ExtentHeader]:
+        found = self._open.get(path)
+        if found is None:
+            try:
+                fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+                try:
+                    header, _ = decode_header(os.pread(fd, HEADER_BYTES, 0))
+                except BaseException:
+                    os.close(fd)
+                    raise
+            except OSError as error:
+                raise CapacityError(f"cannot open {path}: {error.strerror}") from error
+            found = self._open[path] = (fd, header)
+            if len(self._open) > MAX_OPEN_FILES:
+                _, (old_fd, _) = self._open.popitem(last=False)
+                os.close(old_fd)
+        self._open.move_to_end(path)
+        return found
+
+
+def _info_to_wire(info: ObjectInfo) -> dict[str, Any]:
+    return {"url": info.url, "size_bytes": info.size_bytes, "etag": info.etag}
+
+
+class Worker:
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._extents = _OpenExtents()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._send_lock = asyncio.Lock()
+
+    async def serve(self) -> None:
+        loop = asyncio.get_running_loop()
+        decoder = wire.Decoder()
+        while data := await loop.sock_recv(self._sock, READ_BYTES):
+            for frame in decoder.feed(data):
+                task = asyncio.create_task(self._answer(frame))
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _answer(self, frame: wire.Frame) -> None:
+        request = frame.header
+        body: bytes | memoryview = b""
+        try:
+            header, body = await getattr(self, f"_op_{request['op']}")(request)
+        except CacheError as error:
+            header = {"error": error.to_wire()}
+        except Exception as error:  # a bug or a library's surprise must reach the reader as an error, not as silence
+            header = {"error": CacheError(f"{request.get('op')} failed: {type(error).__name__}: {error}").to_wire()}
+        message = wire.encode({"id": request.get("id"), **header}, body)
+        async with self._send_lock:
+            with contextlib.suppress(ConnectionError):
+                await asyncio.get_running_loop().sock_sendall(self._sock, message)
+
+    async def _op_head(self, request: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
+        info = await origin_for(request["url"]).head(request["url"])
+        return {"info": _info_to_wire(info)}, b""
+
+    async def _op_list(self, request: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
+        return {"objects": [_info_to_wire(info) async for info in origin_for(request["url"]).list(request["url"])]}, b""
+
+    async def _op_read(self, request: dict[str, Any]) -> tuple[dict[str, Any], memoryview]:
+        return {}, await self._get(request)
+
+    async def _op_fetch(self, request: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
+        started = time.monotonic()
+        data = await self._get(request)
+        # Only now: while we waited for the network the descriptor could have been closed, and its number given to another file.
+        fd, header = self._extents.get(request["path"])
+        crc = write_block(fd, header, request["slot"], request["offset"], data)
+        return {"crc32c": crc, "seconds": time.monotonic() - started}, b""
+
+    async def _op_check(self, request: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
+        fd, header = self._extents.get(request["path"])
+        is_sound = block_is_sound(fd, header, request["slot"], request["offset"], request["length"])
+        return {"is_sound": is_sound}, b""
+
+    async def _op_table(self, request: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
+        header, present = read_header(Path(request["path"]))
+        return {"present": sorted(present), "content_id": header.object_id.content_id}, b""
+
+    async def _get(self, request: dict[str, Any]) -> memoryview:
+        url, start, end = request["url"], request["start"], request["end"]
+        data = memoryview(await origin_for(url).get_range(url, request["etag"], start, end)).cast("B")
+        if len(data) != end - start:
+            raise OriginUnavailable(f"{url} gave {len(data)} bytes for the range [{start}, {end})", url=url)
+        return data
+
+
+def main() -> None:
+    # Ctrl-C on a terminal reaches the whole process group; when to stop is the parent's decision, told by closing the socket.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sock = socket.socket(fileno=int(sys.argv[1]))
+    sock.setblocking(False)
+    asyncio.run(Worker(sock).serve())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""The cache directory: who may use it, which format it holds, and where its parts lie.
+
+    <dir>/railhead-cache.json      format version; made first
+    <dir>/lock                     held (flock) by the daemon that serves this directory; its text says which
+    <dir>/index.db                 SQLite index
+    <dir>/extents/<xx>/<content id>.<extent>.<generation>
+
+Nothing outside these names is ever touched: other files in the directory are somebody else's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from cache.blocks import ExtentId
+from cache.errors import CacheConfigError
+from cache.store.format import FORMAT_VERSION
+
+_EXTENT_NAME = re.compile(r"([0-9a-f]{32})\.(\d{1,9})\.(\d{1,19})")
+
+
+@dataclass(frozen=True)
+class ServingDaemon:
+    """Who serves a directory: written into its lock file."""
+
+    pid: int
+    socket: str
+
+
+class CacheDirectory:
+    """An open and locked cache directory. Use `CacheDirectory.open`; `close` gives the lock back."""
+
+    def __init__(self, path: Path, lock_fd: int) -> None:
+        self.path = path
+        self._lock_fd = lock_fd
+
+    @classmethod
+    def open(cls, path: Path) -> CacheDirectory | ServingDaemon:
+        """Creates what is missing and takes the lock; the other daemon's description when one has it.
+
+        Raises CacheConfigError: not a directory, not writable, or of another format.
+        """
+        try:
+            (path / "extents").mkdir(mode=0o700, parents=True, exist_ok=True)
+            lock_fd = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise CacheConfigError(
+                f"cannot use {path} as cache directory: {error.strerror}",
+                advice="--dir must name a directory that this user can write to",
+            ) from error
+        try:
+            fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            with os.fdopen(lock_fd, "rb") as file:
+                return _parse_serving(file.read())
+        except OSError as error:
+            os.close(lock_fd)
+            raise CacheConfigError(
+                f"cannot lock {path}: {error.strerror}",
+                advice="choose a local disk; some network file systems have no locks",
+            ) from error
+        try:
+            _check_format(path)
+        except BaseException:
+            os.close(lock_fd)
+            raise
+        return cls(path, lock_fd)
+
+    def serve_at(self, socket: str) -> None:
+        """Tells a second daemon on this directory who is serving it."""
+        text = json.dumps(asdict(ServingDaemon(os.getpid(), socket))).encode()
+        os.ftruncate(self._lock_fd, 0)
+        os.pwrite(self._lock_fd, text, 0)
+
+    @property
+    def index_path(self) -> Path:
+        return self.path / "index.db"
+
+    @property
+    def extents_path(self) -> Path:
+        return self.path / "extents"
+
+    def extent_path(self, extent: ExtentId, generation: int) -> Path:
+        name = f"{extent.content_id}.{extent.extent_idx}.{generation}"
+        return self.extents_path / extent.content_id[:2] / name
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            os.ftruncate(self._lock_fd, 0)
+        os.close(self._lock_fd)
+
+
+def serving_daemon(path: Path) -> ServingDaemon | None:
+    """The daemon that said it serves this directory; whether it still lives is for its socket to say."""
+    try:
+        serving = _parse_serving((path / "lock").read_bytes())
+    except OSError:
+        return None
+    return serving if serving.socket else None
+
+
+def parse_extent_name(name: str) -> tuple[ExtentId, int] | None:
+    """Extent and generation of a file of ours; None for any other name.
+
+    >>> parse_extent_name("0" * 32 + ".3.17")[1]
+    17
+    >>> parse_extent_name("holiday.jpg")
+    """
+    match = _EXTENT_NAME.fullmatch(name)
+    if match is None:
+        return None
+    return ExtentId(match[1], int(match[2])), int(match[3])
+
+
+def _parse_serving(text: bytes) -> ServingDaemon:
+    try:
+        data = json.loads(text)
+        return ServingDaemon(int(data["pid"]), str(data["socket"]))
+    except (ValueError, KeyError, TypeError):
+        # It holds the lock but does not serve yet (or is going away): there is no address to name.
+        return ServingDaemon(0, "")
+
+
+def _check_format(path: Path) -> None:
+    marker = path / "railhead-cache.json"
+    try:
+        version = json.loads(marker.read_text())["format"]
+    except FileNotFoundError:
+        temporary = path / f"railhead-cache.json.{os.getpid()}.tmp"
+        temporary.write_text(json.dumps({"format": FORMAT_VERSION}) + "\n")
+        temporary.replace(marker)
+        return
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise CacheConfigError(
+            f"{marker} cannot be read: {error}", advice="remove the cache directory; what it held is fetched again"
+        ) from error
+    if version != FORMAT_VERSION:
+        raise CacheConfigError(
+            f"{path} holds a cache of format {version}; this daemon writes format {FORMAT_VERSION}",
+            advice="give --dir another directory, or remove this one; what it held is fetched again",
+        )
