@@ -2,8 +2,54 @@
 
 from __future__ import annotations
 
-from launcher.cluster.ports import Cluster
+import os
+import queue
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Sequence
+from types import FrameType
+
+from launcher import messages, rundir
+from launcher.cluster.ports import Clock, Cluster, Journal
+from launcher.console import Console
+from launcher.errors import LauncherError
+from launcher.gang import machine
+from launcher.gang.events import (
+    AcquireNodes,
+    Action,
+    Announce,
+    AttemptEnded,
+    CacheFailed,
+    CacheServing,
+    Event,
+    Finish,
+    NodeLost,
+    Notice,
+    OpenStore,
+    Output,
+    OutputEnded,
+    PlacementWaiting,
+    ReportCollateral,
+    ReportFailure,
+    StartRanks,
+    StopAttempt,
+    StopRequested,
+    Tick,
+)
+from launcher.journal import FileJournal, JobBegan, JobEnded
 from launcher.spec import JobSpec
+
+
+class SystemClock:
+    """The real time."""
+
+    def monotonic_s(self) -> float:
+        return time.monotonic()
+
+    def wall_s(self) -> float:
+        return time.time()
 
 
 def run(spec: JobSpec, cluster: Cluster) -> int:
@@ -12,4 +58,176 @@ def run(spec: JobSpec, cluster: Cluster) -> int:
     Makes the run directory, prints its path, opens the cluster, closes it whatever happens. Raises LauncherError (with its
     `exit_code`) when nothing could be started; the caller prints it.
     """
-    raise NotImplementedError
+    clock = SystemClock()
+    run_dir = rundir.create(spec, os.environ.get("RAILHEAD_RUNS"))
+    rundir.write_spec(run_dir, spec)
+    console = Console(spec.line_prefix)
+    journal = FileJournal(os.path.join(run_dir, "journal.jsonl"), clock, console.say)
+    controller = Controller(spec, cluster, run_dir, journal, console, clock)
+    forget_signals = _handle_signals(spec.signals_to_handle, controller.events.put)
+    try:
+        return controller.run()
+    finally:
+        cluster.close()
+        journal.close()
+        console.close()
+        forget_signals()
+
+
+def _handle_signals(names: tuple[str, ...], put: Callable[[Event], None]) -> Callable[[], None]:
+    """From now on these signals are events; returns how to undo that. What was ignored at our start (nohup) stays ignored."""
+    before = {}
+    for name in names:
+        signum = signal.Signals[name]
+        if signal.getsignal(signum) is not signal.SIG_IGN:
+
+            def handle(number: int, frame: FrameType | None) -> None:
+                put(StopRequested(number))
+
+            before[signum] = signal.signal(signum, handle)
+
+    def undo() -> None:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+    return undo
+
+
+class _Sink:
+    """Events to the loop, output to the terminal; knows whose output has all been handed on."""
+
+    def __init__(self, events: queue.SimpleQueue[Event | OutputEnded], console: Console) -> None:
+        self._events = events
+        self._console = console
+
+    def put(self, event: Event) -> None:
+        self._events.put(event)
+
+    def put_log(self, output: Output) -> None:
+        if isinstance(output, OutputEnded):
+            self._events.put(output)
+        else:
+            self._console.log(output)
+
+
+class Controller:
+    """One job. `run` is called once."""
+
+    def __init__(
+        self, spec: JobSpec, cluster: Cluster, run_dir: str, journal: Journal, console: Console, clock: Clock
+    ) -> None:
+        self.events: queue.SimpleQueue[Event | OutputEnded] = queue.SimpleQueue()
+        """SimpleQueue, because signal handlers put into it."""
+        self._spec = spec
+        self._cluster = cluster
+        self._run_dir = run_dir
+        self._journal = journal
+        self._console = console
+        self._clock = clock
+        self._ended: set[tuple[int, str]] = set()
+        self._output_ended: set[tuple[int, str]] = set()
+        self._num_attempts = 0
+
+    def run(self) -> int:
+        """To the end of the job; returns the exit code."""
+        began_s = self._clock.monotonic_s()
+        description = self._cluster.description
+        self._journal.record(JobBegan(self._run_dir, description, tuple(sys.argv), os.getpid(), socket.gethostname()))
+        self._console.say(messages.began(_asked(self._spec), description, self._run_dir))
+        ended = self._to_the_end()
+        duration_s = self._clock.monotonic_s() - began_s
+        self._journal.record(JobEnded(ended.exit_code, ended.reason, self._num_attempts, duration_s))
+        self._console.say(
+            messages.summary(ended.exit_code, ended.reason, duration_s, self._num_attempts, self._run_dir)
+        )
+        return ended.exit_code
+
+    def _loop(self) -> machine.Ended:
+        rules = machine.Rules(self._spec.restarts, self._spec.shutdown_timeout_s)
+        self._state, actions = machine.begin(rules)
+        self._perform(actions)
+        while not isinstance(self._state, machine.Ended):
+            event = self._next_event()
+            if isinstance(event, OutputEnded):
+                self._output_ended.add((event.attempt, event.node_id))
+                continue
+            self._journal.record(event)
+            if isinstance(event, PlacementWaiting | CacheServing | CacheFailed | Notice):
+                self._console.say(messages.notice(event, self._state.history.world))
+                continue
+            if isinstance(event, AttemptEnded):
+                self._ended.add((event.attempt, event.node_id))
+            self._state, actions = machine.step(self._state, event, self._clock.monotonic_s())
+            self._perform(actions)
+        return self._state
+
+    def _next_event(self) -> Event | OutputEnded:
+        deadline_s = machine.deadline_s(self._state)
+        if deadline_s is None:
+            return self.events.get()
+        try:
+            return self.events.get(timeout=max(0.0, deadline_s - self._clock.monotonic_s()))
+        except queue.Empty:
+            return Tick()
+
+    def _to_the_end(self) -> machine.Ended:
+        try:
+            self._cluster.open(self._spec, self._run_dir, _Sink(self.events, self._console))
+            ended = self._loop()
+            self._wait_for_output()
+            return ended
+        except LauncherError as error:
+            self._journal.record(JobEnded(error.exit_code, str(error), self._num_attempts, 0.0))
+            raise
+
+    def _perform(self, actions: Sequence[Action]) -> None:
+        world = self._state.history.world
+        for action in actions:
+            self._journal.record(action)
+            match action:
+                case AcquireNodes(keep=keep):
+                    self._cluster.acquire(keep)
+                case OpenStore(attempt=attempt, node_id=node_id):
+                    self._num_attempts += 1
+                    self._cluster.node(node_id).open_store(attempt)
+                case StartRanks(plan=plan):
+                    for node_id in plan.world.node_ids():
+                        self._cluster.node(node_id).start_ranks(plan)
+                case StopAttempt(attempt=attempt, node_id=node_id, grace_s=grace_s):
+                    self._cluster.node(node_id).stop_attempt(attempt, grace_s)
+                case Announce(text=text):
+                    self._console.say(text)
+                case ReportFailure(failure=failure, consequence=consequence):
+                    self._console.say(messages.failure_report(failure, world))
+                    self._console.say(consequence)
+                case ReportCollateral(root=root, is_new_root=is_new_root, collateral=collateral):
+                    text = messages.collateral_report(root, is_new_root, collateral, world)
+                    if text:
+                        self._console.say(text)
+                case Finish():
+                    pass  # the loop sees the state; what is released is released in `run`
+
+    def _wait_for_output(self) -> None:
+        """What ranks have written last stands before the summary, however slow the terminal; a signal says not to wait."""
+        while self._ended - self._output_ended:
+            match self.events.get():
+                case OutputEnded(attempt=attempt, node_id=node_id):
+                    self._output_ended.add((attempt, node_id))
+                case NodeLost(node_id=lost):
+                    self._ended = {(attempt, node_id) for attempt, node_id in self._ended if node_id != lost}
+                case StopRequested():
+                    return
+        self._console.end_output()
+        while not self._console.flush(0.2):
+            if not self.events.empty() and isinstance(self.events.get(), StopRequested):
+                return
+
+
+def _asked(spec: JobSpec) -> str:
+    """`8 ranks`, `16 ranks (2 nodes of 8)`."""
+    low, high, each = spec.min_nodes, spec.max_nodes, spec.nproc_per_node
+    if high == 1:
+        return f"{each} rank{'s' if each > 1 else ''}"
+    nodes = f"{low} nodes" if low == high else f"{low} to {high} nodes"
+    ranks = f"{low * each} ranks" if low == high else f"{low * each} to {high * each} ranks"
+    return f"{ranks} ({nodes} of {each})"

@@ -7,6 +7,7 @@ know where the job runs: a Cluster does.
 from __future__ import annotations
 
 import enum
+import string
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -14,6 +15,7 @@ from launcher.errors import SpecError
 
 DEFAULT_SHUTDOWN_TIMEOUT_S = 30.0
 DEFAULT_PLACE_TIMEOUT_S = 300.0
+DEFAULT_LINE_PREFIX = "[rank${rank}] "
 
 
 class ProgramKind(enum.Enum):
@@ -193,6 +195,15 @@ class JobSpec:
     """How long to wait for resources that may still come (an autoscaler, another job's end). What can never fit is refused at once."""
     signals_to_handle: tuple[str, ...] = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
     """On these the launcher stops the gang and ends with 128 + number."""
+
+    def line_prefix(self, rank: int, local_rank: int) -> str:
+        """What stands before each line of this rank on the terminal.
+
+        >>> JobSpec(Program(ProgramKind.SCRIPT, "train.py")).line_prefix(3, 1)
+        '[rank3] '
+        """
+        template = string.Template(self.logs.line_prefix_template or DEFAULT_LINE_PREFIX)
+        return template.safe_substitute(role_name=self.role, rank=rank, local_rank=local_rank)
 
     def __post_init__(self) -> None:
         if not 1 <= self.min_nodes <= self.max_nodes:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from launcher.gang.events import AttemptPlan, Event, LogChunk
+from launcher.gang.events import AttemptPlan, Event, Output
 from launcher.spec import JobSpec
 
 
@@ -22,9 +22,10 @@ class EventSink(Protocol):
         """Hands over one event. Never blocks. Events of one node keep their order."""
         ...
 
-    def put_log(self, chunk: LogChunk) -> None:
-        """Hands over shown output. Blocks while the terminal is slow: that is the back-pressure, and the caller stops reading the rank's
-        file until it returns. Call it from a thread that nothing else waits for, never from one that delivers events."""
+    def put_log(self, output: Output) -> None:
+        """Hands over shown output: LogChunks, then for each node and ended attempt one OutputEnded. Blocks while the terminal is slow:
+        that is the back-pressure, and the caller stops reading the rank's file until it returns. Call it from a thread that nothing else
+        waits for, never from one that delivers events."""
         ...
 
 
@@ -40,8 +41,8 @@ class NodeHandle(Protocol):
         ...
 
     def stop_attempt(self, attempt: int, grace_s: float) -> None:
-        """Answered by exactly one AttemptEnded (after every RankExited and all shown output of the attempt), or NodeLost. A second call
-        before that can only shorten the grace."""
+        """Answered by exactly one AttemptEnded (after every RankExited), or NodeLost. A second call before that can only shorten the
+        grace. On the logs' road an OutputEnded follows, when all shown output of the attempt has been handed on."""
         ...
 
 

@@ -149,7 +149,8 @@ class NodeFailed:
 
 @dataclass(frozen=True)
 class AttemptEnded:
-    """Answer to StopAttempt, exactly one: no process of the attempt is alive on this node and all shown output has been handed on."""
+    """Answer to StopAttempt, exactly one: no process of the attempt is alive on this node. (Its last output may still be on its way,
+    behind a slow terminal: see OutputEnded.)"""
 
     attempt: int
     node_id: str
@@ -246,6 +247,16 @@ class LogChunk:
     data: bytes
 
 
+@dataclass(frozen=True)
+class OutputEnded:
+    """Comes last on the logs' road, after the last LogChunk of this attempt from this node. Not an Event, for the same reason."""
+
+    attempt: int
+    node_id: str
+
+
+Output = LogChunk | OutputEnded
+
 # --- actions --------------------------------------------------------------------------------------------------------------------------
 
 
@@ -293,12 +304,22 @@ class Announce:
 
 @dataclass(frozen=True)
 class ReportFailure:
-    """Tell the user that the attempt failed, by this: the earliest failure known so far."""
+    """Tell the user, at once, that the attempt has failed, by this."""
 
     attempt: int
     failure: Failure
     consequence: str
     """What happens now, in a sentence."""
+
+
+@dataclass(frozen=True)
+class ReportCollateral:
+    """Tell the user, once everything has stopped, what else ended badly; and the root cause, if it is not what was reported first."""
+
+    attempt: int
+    root: Failure
+    is_new_root: bool
+    collateral: tuple[Failure, ...]
 
 
 @dataclass(frozen=True)
@@ -309,6 +330,6 @@ class Finish:
     reason: str
 
 
-Action = AcquireNodes | OpenStore | StartRanks | StopAttempt | Announce | ReportFailure | Finish
+Action = AcquireNodes | OpenStore | StartRanks | StopAttempt | Announce | ReportFailure | ReportCollateral | Finish
 Failure = RankExited | NodeFailed | NodeLost
 """What can make an attempt fail. All have `at_s`."""

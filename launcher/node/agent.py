@@ -1,16 +1,34 @@
 """One node's part of the gang: hosts the store if asked, starts ranks, watches them, stops them, follows their output, runs the cache.
 
 A plain class: in the launcher's process on one machine, inside an actor on Ray. It decides nothing about the gang; it
-reports facts and does what it is told. Commands return at once; the work is done by threads of the agent's own.
+reports facts and does what it is told. Commands return at once; the work is done by one loop in a thread of the agent's
+own (nothing else touches processes), and output is followed by another, so that a slow terminal never delays the news
+of a failure.
 """
 
 from __future__ import annotations
 
+import collections
+import contextlib
+import os
+import selectors
+import threading
+import time
 from collections.abc import Callable, Mapping
+from functools import partial
 
-from launcher.gang.events import AttemptPlan, Event, LogChunk
+from launcher.gang.events import AttemptEnded, AttemptPlan, CacheFailed, Event, NodeFailed, Output, OutputEnded
 from launcher.gang.world import NodeInfo
+from launcher.node import strays
+from launcher.node.cache_child import CacheChild
+from launcher.node.follow import LogFollower
+from launcher.node.guarded import Gone, GuardedProcess, Report
+from launcher.node.node_attempt import NodeAttempt
 from launcher.spec import JobSpec
+
+_CLOSE_TIMEOUT_S = 8.0
+_STRAY_SWEEP_S = 0.5
+"""After a guardian's death, strays appear as the kernel kills their parents: sweep until there was none for this long."""
 
 
 class NodeAgent:
@@ -28,23 +46,188 @@ class NodeAgent:
         run_dir: str,
         base_env: Mapping[str, str],
         on_event: Callable[[Event], None],
-        on_log: Callable[[LogChunk], None],
+        on_log: Callable[[Output], None],
     ) -> None:
         """Starts the agent's threads and, if the spec asks for it, the cache daemon (CacheServing or CacheFailed will follow)."""
-        raise NotImplementedError
+        self._node = node
+        self._spec = spec
+        self._run_dir = os.path.abspath(run_dir)
+        self._base_env = {**base_env, **spec.env}
+        self._on_event = on_event
+        self._follower = LogFollower(on_log)
+        self._attempt: NodeAttempt | None = None
+        self._ended: set[int] = set()
+        self._cache: CacheChild | None = None
+        self._sweep_until_s = 0.0
+        self._is_closing = False
+        self._commands: collections.deque[Callable[[], None]] = collections.deque()
+        self._selector = selectors.DefaultSelector()
+        self._wake_fd, self._wake_write_fd = os.pipe()
+        os.set_blocking(self._wake_fd, False)
+        os.set_blocking(self._wake_write_fd, False)
+        self._selector.register(self._wake_fd, selectors.EVENT_READ, self._drain_wake)
+        strays.adopt()
+        self._thread = threading.Thread(target=self._loop, name=f"agent-{node.node_id}", daemon=True)
+        self._thread.start()
+        if spec.cache is not None:
+            self._post(self._start_cache)
+
+    # --- commands -------------------------------------------------------------------------------------------------------------------
 
     def open_store(self, attempt: int) -> None:
         """Binds a port for a fresh TCPStore and starts its host. Answered by StoreOpened or NodeFailed."""
-        raise NotImplementedError
+        self._post(lambda: self._begin(attempt, NodeAttempt.open_store))
 
     def start_ranks(self, plan: AttemptPlan) -> None:
         """Answered by RanksStarted or NodeFailed; later a RankExited for each rank."""
-        raise NotImplementedError
+
+        def start(attempt: NodeAttempt) -> None:
+            attempt.start_ranks(plan, self._cache.socket if self._cache else None)
+
+        self._post(lambda: self._begin(plan.attempt, start))
 
     def stop_attempt(self, attempt: int, grace_s: float) -> None:
         """TERM, grace, KILL. Answered by exactly one AttemptEnded, when nothing of the attempt is alive here and all output is out."""
-        raise NotImplementedError
+        self._post(lambda: self._stop(attempt, grace_s))
 
     def close(self) -> None:
         """Kills what is left of any attempt, drains the cache daemon (2 s), ends the threads. Blocks at most some seconds; idempotent."""
-        raise NotImplementedError
+        self._post(self._begin_closing)
+        self._thread.join(_CLOSE_TIMEOUT_S)
+        self._follower.close()
+
+    # --- the loop -------------------------------------------------------------------------------------------------------------------
+
+    def _post(self, command: Callable[[], None]) -> None:
+        self._commands.append(command)
+        with contextlib.suppress(OSError):  # full: it is awake anyway; closed: nobody needs it
+            os.write(self._wake_write_fd, b"x")
+
+    def _drain_wake(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.read(self._wake_fd, 4096)
+
+    def _loop(self) -> None:
+        while not (self._is_closing and self._is_idle()):
+            for key, _ in self._selector.select(self._timeout_s()):
+                key.data()
+            while self._commands:
+                self._commands.popleft()()
+            self._sweep()
+            if self._cache is not None:
+                self._cache.check_deadline(time.monotonic())
+        self._selector.close()
+        os.close(self._wake_fd)
+        os.close(self._wake_write_fd)
+
+    def _is_idle(self) -> bool:
+        return self._attempt is None and self._cache is None and self._sweep_until_s == 0.0
+
+    def _timeout_s(self) -> float | None:
+        if self._sweep_until_s:
+            return 0.02
+        if self._cache is not None and not self._cache.has_announced:
+            return max(0.0, self._cache.deadline_s - time.monotonic()) + 0.01
+        return None
+
+    def _sweep(self) -> None:
+        now = time.monotonic()
+        if self._sweep_until_s and not strays.kill():
+            self._sweep_until_s = now + _STRAY_SWEEP_S
+        elif self._sweep_until_s and now >= self._sweep_until_s:
+            self._sweep_until_s = 0.0
+            if self._attempt is not None:
+                self._attempt.strays_are_gone()
+
+    def _watch(self, process: GuardedProcess, handle: Callable[[Report], None]) -> None:
+        """Calls `handle` with each report of the process until it is gone."""
+        self._selector.register(process.socket, selectors.EVENT_READ, partial(self._read, process, handle))
+
+    def _read(self, process: GuardedProcess, handle: Callable[[Report], None]) -> None:
+        for report in process.read():
+            if isinstance(report, Gone):
+                self._selector.unregister(process.socket)
+                process.close()
+                if report.guardian_died:
+                    self._sweep_until_s = time.monotonic() + _STRAY_SWEEP_S
+            handle(report)
+
+    # --- attempts -------------------------------------------------------------------------------------------------------------------
+
+    def _begin(self, attempt: int, then: Callable[[NodeAttempt], None]) -> None:
+        """Carries out a command of this attempt, making it if this is its first."""
+        if self._attempt is not None and self._attempt.number != attempt:
+            reason = f"attempt {attempt} was to start while attempt {self._attempt.number} is still alive on this node"
+            self._on_event(NodeFailed(attempt, self._node.node_id, reason, time.time()))
+            return
+        if attempt in self._ended or self._is_closing:
+            return
+        if self._attempt is None:
+            self._attempt = NodeAttempt(
+                attempt,
+                self._node,
+                self._spec,
+                self._run_dir,
+                self._base_env,
+                self._on_event,
+                self._follower,
+                self._watch,
+                is_sweeping=lambda: self._sweep_until_s > 0.0,
+                when_over=self._attempt_is_over,
+            )
+        then(self._attempt)
+
+    def _stop(self, attempt: int, grace_s: float) -> None:
+        if self._attempt is not None and self._attempt.number == attempt:
+            self._attempt.stop(grace_s)
+        elif attempt not in self._ended:  # it never began here
+            self._ended.add(attempt)
+            self._on_event(AttemptEnded(attempt, self._node.node_id))
+            self._follower.finish(OutputEnded(attempt, self._node.node_id))
+
+    def _attempt_is_over(self, attempt: int) -> None:
+        """Nothing of it is alive. Its last output may take longer than the news: the terminal may be slow."""
+        self._attempt = None
+        self._ended.add(attempt)
+        self._on_event(AttemptEnded(attempt, self._node.node_id))
+        self._follower.finish(OutputEnded(attempt, self._node.node_id))
+
+    # --- cache ----------------------------------------------------------------------------------------------------------------------
+
+    def _start_cache(self) -> None:
+        assert self._spec.cache is not None
+        log_path = os.path.join(self._run_dir, "cache.log")
+        try:
+            cache = CacheChild(
+                self._spec.cache, self._node.node_id, self._spec.cwd, self._base_env, log_path, self._on_event
+            )
+        except OSError as error:
+            self._on_event(CacheFailed(self._node.node_id, f"the cache daemon could not be started: {error}"))
+            return
+        self._cache = cache
+        self._selector.register(cache.announce_fd, selectors.EVENT_READ, partial(self._read_cache, cache))
+        self._watch(cache.guarded, partial(self._cache_reports, cache))
+
+    def _read_cache(self, cache: CacheChild) -> None:
+        if not cache.read_announcement():
+            self._selector.unregister(cache.announce_fd)
+
+    def _cache_reports(self, cache: CacheChild, report: Report) -> None:
+        cache.handle(report)
+        if cache.is_over and self._is_closing:
+            self._forget_cache(cache)
+
+    def _forget_cache(self, cache: CacheChild) -> None:
+        with contextlib.suppress(KeyError):
+            self._selector.unregister(cache.announce_fd)
+        cache.close()
+        self._cache = None
+
+    def _begin_closing(self) -> None:
+        self._is_closing = True
+        if self._attempt is not None:
+            self._attempt.stop(0.0)
+        if self._cache is not None and self._cache.is_over:
+            self._forget_cache(self._cache)
+        elif self._cache is not None:
+            self._cache.stop()

@@ -1,0 +1,163 @@
+"""The terminal: ranks' output with its prefixes, and the launcher's own sentences. One thread writes, so that nobody else waits for it.
+
+Ranks' standard output goes to standard output, their standard error and our own words to standard error. Output of ranks is bounded
+(`log` blocks: back-pressure); our own words never block the caller. If the terminal goes away (`| head`), the job goes on and the files
+have everything.
+"""
+
+from __future__ import annotations
+
+import collections
+import os
+import re
+import select
+import threading
+from collections.abc import Callable
+
+from launcher.gang.events import LogChunk
+from launcher.node.lines import LineAssembler
+from launcher.spec import Stream
+
+_MAX_QUEUED_BYTES = 1 << 20
+_MAX_LINE_BYTES = 8 << 20
+"""Where output goes to a file or a pipe, lines up to this length stay whole, whoever else writes meanwhile."""
+_PIECES = re.compile(rb"[^\r\n]*(?:\r\n|\n|\r)|[^\r\n]+")
+OWN_PREFIX = "launcher: "
+
+
+class _EndOfOutput:
+    """In the queue: no rank writes any more."""
+
+
+_Source = tuple[int, Stream]
+
+
+class Console:
+    """prefix(rank, local_rank) is what stands before a line. Any thread may call any method."""
+
+    def __init__(self, prefix: Callable[[int, int], str], stdout_fd: int = 1, stderr_fd: int = 2) -> None:
+        self._queue: collections.deque[LogChunk | str | _EndOfOutput] = collections.deque()
+        self._queued_bytes = 0
+        self._changed = threading.Condition()
+        self._is_writing = False
+        self._is_closed = False
+        self._paper = _Paper(prefix, stdout_fd, stderr_fd)
+        self._thread = threading.Thread(target=self._run, name="console", daemon=True)
+        self._thread.start()
+
+    def log(self, chunk: LogChunk) -> None:
+        """Blocks while a mebibyte is waiting for the terminal."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._queued_bytes < _MAX_QUEUED_BYTES or self._is_closed)
+            self._queue.append(chunk)
+            self._queued_bytes += len(chunk.data)
+            self._changed.notify_all()
+
+    def say(self, text: str) -> None:
+        """Our own words, one or more lines; the first is marked as ours. Never blocks."""
+        self._enqueue(f"{OWN_PREFIX}{text.rstrip()}\n")
+
+    def end_output(self) -> None:
+        """No rank writes any more: what is held of unfinished lines is due."""
+        self._enqueue(_EndOfOutput())
+
+    def flush(self, timeout_s: float | None = None) -> bool:
+        """Waits until all that was given is written; False if that took longer."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._queue and not self._is_writing, timeout_s)
+
+    def close(self, timeout_s: float | None = 1.0) -> None:
+        """After it nothing is written any more."""
+        self.flush(timeout_s)
+        with self._changed:
+            self._is_closed = True
+            self._queue.clear()
+            self._changed.notify_all()
+        self._thread.join(0.5)
+
+    def _enqueue(self, item: str | _EndOfOutput) -> None:
+        with self._changed:
+            self._queue.append(item)
+            self._changed.notify_all()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._is_writing = False
+                self._changed.notify_all()
+                self._changed.wait_for(lambda: self._queue or self._is_closed)
+                if not self._queue:
+                    return
+                item = self._queue.popleft()
+                self._is_writing = True
+            match item:
+                case str():
+                    self._paper.write_words(item)
+                case LogChunk():
+                    self._paper.write_chunk(item)
+                    with self._changed:
+                        self._queued_bytes -= len(item.data)
+                case _EndOfOutput():
+                    self._paper.end_output()
+
+
+class _Paper:
+    """What has been written so far: whose line is open, which descriptors are dead. Only the console's thread touches it.
+
+    On a terminal unfinished lines are shown as they come (progress bars, prompts); when someone else writes in between, the line is
+    broken and begun again with its prefix. In a file or a pipe they are held until they end.
+    """
+
+    def __init__(self, prefix: Callable[[int, int], str], stdout_fd: int, stderr_fd: int) -> None:
+        self._prefix = prefix
+        self._fds = {Stream.STDOUT: stdout_fd, Stream.STDERR: stderr_fd}
+        self._is_terminal = {stream: os.isatty(fd) for stream, fd in self._fds.items()}
+        self._local_ranks: dict[int, int] = {}
+        self._held: dict[_Source, LineAssembler] = {}
+        self._open: _Source | None = None
+        """Whose line on the paper has not ended. Both descriptors may be one terminal, so there is one for both."""
+        self._dead_fds: set[int] = set()
+
+    def write_words(self, text: str) -> None:
+        self._close_line_of_another(None)
+        self._write(self._fds[Stream.STDERR], text.encode("utf-8", "backslashreplace"))
+
+    def write_chunk(self, chunk: LogChunk) -> None:
+        source = (chunk.rank, chunk.stream)
+        self._local_ranks[chunk.rank] = chunk.local_rank
+        data = chunk.data
+        if not self._is_terminal[chunk.stream]:
+            data = self._held.setdefault(source, LineAssembler(_MAX_LINE_BYTES)).feed(data)
+        self._show(source, data)
+
+    def end_output(self) -> None:
+        for source, lines in self._held.items():
+            self._show(source, lines.flush())
+
+    def _show(self, source: _Source, data: bytes) -> None:
+        if not data:
+            return
+        self._close_line_of_another(source)
+        prefix = self._prefix(source[0], self._local_ranks[source[0]]).encode()
+        pieces = []
+        for piece in _PIECES.findall(data):
+            if self._open is None:
+                pieces.append(prefix)
+            pieces.append(piece)
+            self._open = None if piece.endswith((b"\n", b"\r")) else source
+        self._write(self._fds[source[1]], b"".join(pieces))
+
+    def _close_line_of_another(self, source: _Source | None) -> None:
+        if self._open is not None and self._open != source:
+            self._write(self._fds[self._open[1]], b"\n")
+            self._open = None
+
+    def _write(self, fd: int, data: bytes) -> None:
+        """To the last byte; a descriptor that fails (the reader went away) is left alone from then on."""
+        while data and fd not in self._dead_fds:
+            try:
+                data = data[os.write(fd, data) :]
+            except BlockingIOError:
+                select.select([], [fd], [])
+            except OSError:
+                self._dead_fds.add(fd)

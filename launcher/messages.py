@@ -1,0 +1,122 @@
+"""What the launcher says, as pure text: first the failure, with the values, then what follows from it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from launcher.gang import policy
+from launcher.gang.events import (
+    CacheFailed,
+    CacheServing,
+    Failure,
+    NodeFailed,
+    NodeLost,
+    Notice,
+    Notices,
+    PlacementWaiting,
+    RankExited,
+)
+from launcher.gang.world import World
+
+_MAX_COLLATERAL_LINES = 8
+
+
+def began(num_ranks_asked: str, cluster: str, run_dir: str) -> str:
+    return f"{num_ranks_asked} on {cluster}; run directory {run_dir}"
+
+
+def hostname(node_id: str, world: World | None) -> str:
+    nodes = world.nodes if world else ()
+    return next((node.hostname for node in nodes if node.node_id == node_id), node_id)
+
+
+def failure_line(failure: Failure, world: World | None) -> str:
+    """One line: who, where, why, and the log that says more."""
+    host = hostname(failure.node_id, world)
+    match failure:
+        case RankExited(rank=rank, exception=None, status=status, stderr_log=log):
+            return f"rank {rank} on {host} failed: {status}; log {log}"
+        case RankExited(rank=rank, exception=exception, status=status, stderr_log=log):
+            assert exception is not None
+            return f"rank {rank} on {host} failed: {exception_line(failure)} ({status}); log {log}"
+        case NodeFailed(reason=reason):
+            return f"node {host} failed: {reason}"
+        case NodeLost(reason=reason):
+            return f"node {host} lost: {reason}"
+
+
+def exception_line(failure: RankExited) -> str:
+    """`ValueError: it broke`, the first line of it."""
+    assert failure.exception is not None
+    first = failure.exception.message.partition("\n")[0].strip()
+    return f"{failure.exception.type_name}: {first}" if first else failure.exception.type_name
+
+
+def failure_report(failure: Failure, world: World | None) -> str:
+    """The failure's line, then its traceback, or the last words on standard error."""
+    lines = [failure_line(failure, world)]
+    if isinstance(failure, RankExited):
+        details = failure.exception.traceback if failure.exception else failure.last_lines
+        lines += [f"  {line}" for line in details.rstrip().splitlines()]
+    return "\n".join(lines)
+
+
+def collateral_report(root: Failure, is_new_root: bool, collateral: Sequence[Failure], world: World | None) -> str:
+    """What else ended badly, in order of time; empty when there is nothing to add to the first report."""
+    lines = []
+    if is_new_root:
+        lines.append(f"the root cause is an earlier failure: {failure_report(root, world)}")
+    others = sorted(collateral, key=policy.happened_at_s)
+    if others:
+        lines.append("after that, as a consequence or on being stopped:")
+        lines += [f"  {_collateral_line(failure, root, world)}" for failure in others[:_MAX_COLLATERAL_LINES]]
+        if len(others) > _MAX_COLLATERAL_LINES:
+            lines.append(f"  … and {len(others) - _MAX_COLLATERAL_LINES} more (journal.jsonl has them all)")
+    return "\n".join(lines)
+
+
+def _collateral_line(failure: Failure, root: Failure, world: World | None) -> str:
+    after_s = policy.happened_at_s(failure) - policy.happened_at_s(root)
+    when = f" ({after_s:+.2f} s)" if abs(after_s) < 1e6 else ""
+    return failure_line(failure, world) + when
+
+
+def summary(exit_code: int, reason: str, duration_s: float, num_attempts: int, run_dir: str) -> str:
+    """The last line: how it ended, after how long, and where everything lies."""
+    attempts = f"{num_attempts} attempts" if num_attempts > 1 else "1 attempt" if num_attempts else "no attempt"
+    if exit_code == 0:
+        restarts = f", after {num_attempts - 1} restart{'s' if num_attempts > 2 else ''}" if num_attempts > 1 else ""
+        return f"done in {duration(duration_s)}{restarts}"
+    return f"exit code {exit_code}: {reason}; {attempts}, {duration(duration_s)}; run directory {run_dir}"
+
+
+def duration(seconds: float) -> str:
+    """
+    >>> duration(4.21), duration(71), duration(90061)
+    ('4.2 s', '1 min 11 s', '25 h 1 min')
+    """
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def notice(event: Notices, world: World | None) -> str:
+    """A sentence for something that does not move the gang."""
+    match event:
+        case PlacementWaiting(reason=reason, deadline_in_s=left_s):
+            return f"waiting for nodes: {reason} (giving up in {duration(left_s)})"
+        case CacheServing(already_running=already, resident_bytes=resident, capacity_bytes=capacity, node_id=node_id):
+            how = "was already running" if already else "serves"
+            held = f"{_gib(resident)} of {_gib(capacity)} filled"
+            return f"cache {how} on {hostname(node_id, world)}: {held}"
+        case CacheFailed(reason=reason, node_id=node_id):
+            return f"no cache on {hostname(node_id, world)}, its ranks read the origin directly: {reason}"
+        case Notice(text=text, node_id=node_id):
+            return f"{hostname(node_id, world)}: {text}" if node_id else text
+
+
+def _gib(size_bytes: int) -> str:
+    return f"{size_bytes / 2**30:.2f} GiB"

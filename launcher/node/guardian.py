@@ -1,0 +1,247 @@
+"""Parent of one process: starts it, reports how it ended, and leaves nothing of it alive, however anyone dies.
+
+Run by path with `python -I -S guardian.py FD AGENT_PID`, one for each rank, store host and cache daemon. Standard
+library only and nothing of ours, so that it starts in some ten milliseconds and cannot be broken by what is installed.
+How each death is handled:
+
+- the agent dies (any signal): its pidfd becomes readable, and the control socket ends; the guardian kills the whole
+  tree at once;
+- the process ends: what it left behind is told to go, a second later it is killed. The guardian is a subreaper, so
+  descendants that made sessions of their own or lost their parents are still its children: "no child left" is exactly
+  "nothing left";
+- the guardian dies: the kernel sends the process SIGKILL (PR_SET_PDEATHSIG), and its descendants fall to the agent,
+  which is a subreaper too.
+
+It speaks JSON lines on FD. In: the job, then `{"stop": grace_s}`. Out: `started` or `failed`, then `exited`, then `gone`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import json
+import os
+import select
+import signal
+import sys
+import time
+from typing import Any
+
+PR_SET_PDEATHSIG = 1
+PR_SET_NAME = 15
+PR_SET_CHILD_SUBREAPER = 36
+
+LEFTOVER_GRACE_S = 1.0
+"""Between SIGTERM and SIGKILL for what a process left behind. The promise is that nothing outlives its rank by more than 2 s."""
+RESCAN_S = 0.02
+"""While killing: how soon to look again for descendants that were born meanwhile."""
+
+
+def prctl(option: int, value: int | bytes) -> None:
+    """Raises OSError."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    argument = value if isinstance(value, bytes) else ctypes.c_ulong(value)
+    if libc.prctl(option, argument, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), f"prctl({option}): {os.strerror(ctypes.get_errno())}")
+
+
+def parents() -> dict[int, int]:
+    """Parent of every process on the machine that we can see."""
+    found = {}
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            with contextlib.suppress(OSError, ValueError, IndexError), open(f"/proc/{name}/stat", "rb") as file:
+                # The second field is the program's name in parentheses and may hold anything, also spaces and parentheses.
+                found[int(name)] = int(file.read().rpartition(b")")[2].split()[1])
+    return found
+
+
+def descendants_of(pid: int) -> list[int]:
+    """Children, their children and so on, nearest first; zombies too."""
+    children: dict[int, list[int]] = {}
+    for child, parent in parents().items():
+        children.setdefault(parent, []).append(child)
+    found = list(children.get(pid, ()))
+    for descendant in found:  # grows while it is walked
+        found.extend(children.get(descendant, ()))
+    return found
+
+
+def signal_all(pids: list[int], signum: int) -> None:
+    """Signals those that are still there and that we may signal."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, signum)
+
+
+class Guardian:
+    """One process from its start to the last of its descendants."""
+
+    def __init__(self, control_fd: int, agent_pid: int) -> None:
+        self.control_fd = control_fd
+        self.agent_pid = agent_pid
+        self.pid = 0
+        self.is_alive = False
+        self.kill_at: float | None = None  # monotonic; from then on everything is killed until nothing is left
+        self.received = b""
+        self.wake_fd, wake_write_fd = os.pipe()
+        for fd in (self.wake_fd, wake_write_fd):
+            os.set_blocking(fd, False)
+        signal.set_wakeup_fd(wake_write_fd, warn_on_full_buffer=False)
+        # A handler, not SIG_IGN: handlers are reset by exec, so the process that we start is born with the dispositions it would have had.
+        for signum in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if signal.getsignal(signum) is not signal.SIG_IGN or signum == signal.SIGCHLD:
+                signal.signal(signum, lambda *_: None)
+
+    def run(self) -> None:
+        """Returns when nothing is left."""
+        prctl(PR_SET_CHILD_SUBREAPER, 1)
+        prctl(PR_SET_NAME, b"railhead-guard")
+        poller = select.poll()
+        poller.register(self.control_fd, select.POLLIN)
+        poller.register(self.wake_fd, select.POLLIN)
+        try:
+            agent_fd = os.pidfd_open(self.agent_pid)
+        except ProcessLookupError:
+            return
+        except OSError:  # a kernel before 5.3: the end of the control socket has to do
+            agent_fd = -1
+        if agent_fd >= 0:
+            poller.register(agent_fd, select.POLLIN)
+        if os.getppid() != self.agent_pid:
+            return
+        job = self._first_message()
+        if job is None:
+            return
+        self._start(job)
+        while not self._reap():
+            ready = {fd for fd, _ in poller.poll(self._poll_timeout_ms())}
+            if self.wake_fd in ready:
+                with contextlib.suppress(BlockingIOError):
+                    os.read(self.wake_fd, 4096)
+            if agent_fd in ready:
+                poller.unregister(agent_fd)
+                self.kill_at = 0.0
+            if self.control_fd in ready and not self._obey():
+                poller.unregister(self.control_fd)
+                self.kill_at = 0.0
+            if self.kill_at is not None and time.monotonic() >= self.kill_at:
+                signal_all(descendants_of(os.getpid()), signal.SIGKILL)
+        self._tell({"event": "gone"})
+
+    def _poll_timeout_ms(self) -> int | None:
+        if self.kill_at is None:
+            return None
+        return max(int((self.kill_at - time.monotonic()) * 1000) + 1, int(RESCAN_S * 1000))
+
+    def _tell(self, message: dict[str, Any]) -> None:
+        data = json.dumps(message).encode() + b"\n"
+        while data:
+            try:
+                data = data[os.write(self.control_fd, data) :]
+            except OSError:  # the agent is gone; poll will say so too
+                return
+
+    def _first_message(self) -> dict[str, Any] | None:
+        while b"\n" not in self.received:
+            data = os.read(self.control_fd, 1 << 16)
+            if not data:
+                return None
+            self.received += data
+        line, _, self.received = self.received.partition(b"\n")
+        job: dict[str, Any] = json.loads(line)
+        return job
+
+    def _obey(self) -> bool:
+        """Carries out what has arrived; False when the agent is gone."""
+        try:
+            data = os.read(self.control_fd, 1 << 16)
+        except OSError:
+            return False
+        *lines, self.received = (self.received + data).split(b"\n")
+        for line in lines:
+            self._stop(float(json.loads(line)["stop"]))
+        return bool(data)
+
+    def _stop(self, grace_s: float) -> None:
+        """SIGTERM goes to the process alone: it may want to end its children itself (data loaders, a checkpoint writer)."""
+        kill_at = time.monotonic() + grace_s
+        if self.kill_at is None and self.is_alive and grace_s > 0:
+            signal_all([self.pid], signal.SIGTERM)
+        self.kill_at = kill_at if self.kill_at is None else min(self.kill_at, kill_at)
+
+    def _start(self, job: dict[str, Any]) -> None:
+        """Forks and executes. The child's failure to execute comes back through a pipe that a successful exec closes."""
+        error_fd, error_write_fd = os.pipe()
+        guardian_pid = os.getpid()
+        self.pid = os.fork()
+        if self.pid == 0:
+            try:
+                _become(job, guardian_pid)
+            except OSError as error:
+                os.write(error_write_fd, f"{error.errno} {error.strerror}".encode())
+            finally:
+                os._exit(127)
+        self.is_alive = True
+        os.close(error_write_fd)
+        for fd in {job["stdout_fd"], job["stderr_fd"], *job["keep_fds"]}:
+            os.close(fd)  # or a listening port would outlive its owner
+        reason = os.read(error_fd, 4096).decode()
+        os.close(error_fd)
+        if reason:
+            number, _, text = reason.partition(" ")
+            self._tell({"event": "failed", "errno": int(number), "error": text})
+        else:
+            self._tell({"event": "started", "pid": self.pid})
+
+    def _reap(self) -> bool:
+        """Collects the dead; True when there is nobody left."""
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return True
+            if pid == 0:
+                return False
+            if pid == self.pid and self.is_alive:
+                self.is_alive = False
+                self._tell({"event": "exited", "status": status, "at_s": time.time()})
+                self._end_leftovers()
+
+    def _end_leftovers(self) -> None:
+        if self.kill_at is None:
+            self.kill_at = time.monotonic() + LEFTOVER_GRACE_S
+            signal_all(descendants_of(os.getpid()), signal.SIGTERM)
+        else:
+            self.kill_at = min(self.kill_at, time.monotonic() + LEFTOVER_GRACE_S)
+
+
+def _become(job: dict[str, Any], guardian_pid: int) -> None:
+    """In the forked child: turns into the job's program. Returns only by an OSError."""
+    os.setsid()
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != guardian_pid:  # the guardian died before the kernel knew of our wish
+        os._exit(127)
+    signal.set_wakeup_fd(-1)
+    for signum in (signal.SIGPIPE, signal.SIGXFSZ):  # which Python ignores for itself
+        signal.signal(signum, signal.SIG_DFL)
+    os.dup2(job["stdout_fd"], 1)
+    os.dup2(job["stderr_fd"], 2)
+    for fd in {job["stdout_fd"], job["stderr_fd"]} - set(job["keep_fds"]):
+        os.set_inheritable(fd, False)
+    os.chdir(job["cwd"])
+    try:
+        os.execvpe(job["argv"][0], job["argv"], job["env"])
+    except OSError as error:
+        raise OSError(error.errno or errno.ENOEXEC, f"{job['argv'][0]}: {error.strerror}") from None
+
+
+def main() -> None:
+    control_fd, agent_pid = int(sys.argv[1]), int(sys.argv[2])
+    os.set_inheritable(control_fd, False)
+    Guardian(control_fd, agent_pid).run()
+
+
+if __name__ == "__main__":
+    main()

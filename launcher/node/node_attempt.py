@@ -1,0 +1,206 @@
+"""One attempt on one node: its store host, its ranks, from the first process to the last descendant. Owned by the agent's loop."""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+
+from launcher.errors import NodeError
+from launcher.gang.events import AttemptPlan, Event, ExitStatus, NodeFailed, RankExited, RanksStarted, StoreOpened
+from launcher.gang.rank_env import RankPlaces, environment
+from launcher.gang.world import Member, NodeInfo
+from launcher.node import store
+from launcher.node.failure import last_lines, read_exception
+from launcher.node.follow import LogFollower, Source
+from launcher.node.guarded import Exited, Gone, GuardedProcess, Report, Started, StartFailed
+from launcher.node.rank_process import FreshInterpreter, RankFiles
+from launcher.spec import JobSpec, Stream
+
+_DRAIN_S = 0.2
+"""How long the news of a rank's end may wait for its last shown lines, so that they stand before the report. More, and a stuck terminal
+would delay the stop of the others."""
+
+Watch = Callable[[GuardedProcess, Callable[[Report], None]], None]
+
+
+class NodeAttempt:
+    """Reports through `on_event`; calls `when_over` once, after `stop`, when nothing of it is alive."""
+
+    def __init__(
+        self,
+        number: int,
+        node: NodeInfo,
+        spec: JobSpec,
+        run_dir: str,
+        base_env: Mapping[str, str],
+        on_event: Callable[[Event], None],
+        follower: LogFollower,
+        watch: Watch,
+        is_sweeping: Callable[[], bool],
+        when_over: Callable[[int], None],
+    ) -> None:
+        self.number = number
+        self._node = node
+        self._spec = spec
+        self._run_dir = run_dir
+        self._base_env = base_env
+        self._on_event = on_event
+        self._follower = follower
+        self._watch = watch
+        self._is_sweeping = is_sweeping
+        self._when_over = when_over
+        self._directory = os.path.join(run_dir, f"attempt_{number}")
+        self._store: GuardedProcess | None = None
+        self._ranks: dict[int, GuardedProcess] = {}
+        self._num_to_start = 0
+        self._pids: dict[int, int] = {}
+        self._start_failures: dict[int, StartFailed] = {}
+        self._is_stopping = False
+        self._is_over = False
+
+    # --- commands -------------------------------------------------------------------------------------------------------------------
+
+    def open_store(self) -> None:
+        if self._is_stopping:
+            return
+        log_path = os.path.join(self._directory, "store.log")
+        try:
+            os.makedirs(self._directory, exist_ok=True)
+            log_fd = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        except OSError:
+            log_fd = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            listener, address = store.bind(self._node.addr, self._spec.master_port)
+            with listener:
+                self._store = store.start_host(listener, address, self._base_env, log_fd)
+        except (NodeError, OSError) as error:
+            self._fail(str(error))
+            return
+        finally:
+            os.close(log_fd)
+        self._watch(self._store, partial(self._store_reports, log_path))
+        self._on_event(StoreOpened(self.number, self._node.node_id, address))
+
+    def start_ranks(self, plan: AttemptPlan, cache_socket: str | None) -> None:
+        if self._is_stopping:
+            return
+        starter = FreshInterpreter(self._spec.program, self._spec.cwd)
+        members = plan.world.members_of(self._node.node_id)
+        self._num_to_start = len(members)
+        try:
+            for member in members:
+                files = RankFiles(os.path.join(self._directory, f"rank_{member.rank}"))
+                places = RankPlaces(self._run_dir, files.error_file, cache_socket)
+                env = environment(self._spec, plan, member, places, self._base_env)
+                self._make_room(files)
+                process = starter.start(member, env, files)
+                self._ranks[member.rank] = process
+                self._watch(process, partial(self._rank_reports, member, files))
+                self._follow(member, files)
+        except (NodeError, OSError) as error:
+            self._fail(f"rank {member.rank} could not be started: {error}")
+
+    def stop(self, grace_s: float) -> None:
+        self._is_stopping = True
+        for process in self._ranks.values():
+            process.stop(grace_s)
+        self._check_over()
+
+    def strays_are_gone(self) -> None:
+        """What a killed guardian left behind has been ended."""
+        self._check_over()
+
+    # --- ranks ----------------------------------------------------------------------------------------------------------------------
+
+    def _make_room(self, files: RankFiles) -> None:
+        try:
+            os.makedirs(files.directory, exist_ok=True)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+
+    def _follow(self, member: Member, files: RankFiles) -> None:
+        logs = self._spec.logs
+        shown = logs.shown(member.rank, member.local_rank)
+        prefix = self._spec.line_prefix(member.rank, member.local_rank).encode()
+        for stream, path, filters, filtered in (
+            (Stream.STDOUT, files.stdout_log, logs.duplicate_stdout_filters, "filtered_stdout.log"),
+            (Stream.STDERR, files.stderr_log, logs.duplicate_stderr_filters, "filtered_stderr.log"),
+        ):
+            if stream in shown and os.path.exists(path):
+                duplicate_path = os.path.join(self._directory, filtered) if filters else ""
+                needles = tuple(needle.encode() for needle in filters)
+                self._follower.follow(
+                    Source(member.rank, member.local_rank, stream, path, needles, duplicate_path, prefix)
+                )
+
+    def _rank_reports(self, member: Member, files: RankFiles, report: Report) -> None:
+        match report:
+            case Started(pid=pid):
+                self._pids[member.local_rank] = pid
+                if len(self._pids) == self._num_to_start:
+                    pids = tuple(self._pids[local_rank] for local_rank in sorted(self._pids))
+                    self._on_event(RanksStarted(self.number, self._node.node_id, pids, time.time()))
+            case StartFailed():
+                self._start_failures[member.rank] = report
+            case Exited(status=status, at_s=at_s):
+                self._rank_exited(member, files, status, at_s)
+            case Gone():
+                del self._ranks[member.rank]
+                self._check_over()
+
+    def _rank_exited(self, member: Member, files: RankFiles, status: ExitStatus, at_s: float) -> None:
+        if self._spec.logs.shown(member.rank, member.local_rank):
+            self._follower.drain(_DRAIN_S)
+        words, exception = "", None
+        if member.rank in self._start_failures:
+            failure = self._start_failures[member.rank]
+            words = failure.reason
+            status = ExitStatus(code=127 if failure.errno == errno.ENOENT else 126)  # as a shell says it
+        elif not status.is_success:
+            exception = read_exception(files.error_file)
+            words = "" if exception else last_lines(files.stderr_log)
+        self._on_event(
+            RankExited(
+                self.number,
+                self._node.node_id,
+                member.rank,
+                member.local_rank,
+                self._pids.get(member.local_rank, 0),
+                status,
+                at_s,
+                files.stdout_log,
+                files.stderr_log,
+                exception,
+                words,
+            )
+        )
+
+    # --- the store and the end --------------------------------------------------------------------------------------------------------
+
+    def _store_reports(self, log_path: str, report: Report) -> None:
+        match report:
+            case StartFailed(reason=reason):
+                self._fail(f"the gang's store could not be started: {reason}")
+            case Exited(status=status) if not self._is_stopping:
+                words = last_lines(log_path, 3)
+                self._fail(f"the host of the gang's store ended with {status}" + (f": {words}" if words else ""))
+            case Gone():
+                self._store = None
+                self._check_over()
+
+    def _fail(self, reason: str) -> None:
+        self._on_event(NodeFailed(self.number, self._node.node_id, reason, time.time()))
+
+    def _check_over(self) -> None:
+        """The store goes last: ranks in their grace may still need it (a checkpoint with a barrier)."""
+        if self._is_over or not self._is_stopping or self._ranks:
+            return
+        if self._store is not None:
+            self._store.stop(0.0)
+        elif not self._is_sweeping():
+            self._is_over = True
+            self._when_over(self.number)

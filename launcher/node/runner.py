@@ -1,0 +1,156 @@
+"""Runs the user's program as `__main__` in this process, as the interpreter would, and writes down the exception that ends it.
+
+Executed by path: `python -u runner.py script|module TARGET [ARGS…]`. Standard library only and nothing of ours is imported, so no module of
+the launcher is in the program's `sys.modules` (people have a `launcher.py` of their own). After `_run_*` has handed over, the program sees
+what it would see under `python -u TARGET`: sys.argv, sys.path[0], `__main__` with its `__file__` and `__spec__`, the interpreter's own
+handling of SystemExit, KeyboardInterrupt, uncaught exceptions, threads and atexit; tests/launcher/test_runner.py compares them one by one.
+
+The record goes to TORCHELASTIC_ERROR_FILE in torch's format, unless the program has written one itself (torch's `@record`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import json
+import os
+import runpy
+import sys
+import time
+import traceback
+import types
+from importlib.machinery import SourceFileLoader
+from typing import Any
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class _LogFile(io.FileIO):
+    """A log on a full disk loses its words; it does not stop the training with an OSError from `print`."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno in _DISK_FULL:
+                return memoryview(data).nbytes
+            raise
+
+
+def _guard_stream(stream: Any, fd: int) -> Any:
+    """The same stream as `python -u` makes, over a file that forgives a full disk."""
+    if type(getattr(stream, "buffer", None)) is not io.FileIO:
+        return stream  # not what -u makes (PYTHON_EXEC may be anything)
+    raw = _LogFile(fd, "w", closefd=False)
+    raw.name = stream.buffer.name
+    guarded = io.TextIOWrapper(raw, stream.encoding, stream.errors, newline="\n", write_through=True)
+    guarded.mode = "w"  # type: ignore[misc]
+    return guarded
+
+
+def _record(error: BaseException, error_file: str) -> None:
+    """Best effort: nothing here may hide the exception itself."""
+    with contextlib.suppress(Exception):
+        if not error_file or os.path.exists(error_file):
+            return
+        now = time.time()
+        text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+        data = {
+            "message": {
+                "message": f"{type(error).__qualname__}: {error}",
+                "extraInfo": {"py_callstack": text, "timestamp": str(int(now)), "timestamp_s": now},
+            }
+        }
+        with open(error_file, "w") as file:
+            json.dump(data, file)
+
+
+def _without_us(tb: types.TracebackType | None) -> types.TracebackType | None:
+    """The traceback from the program's first frame on."""
+    while tb is not None and tb.tb_frame.f_code.co_filename in (__file__, "<frozen runpy>"):
+        tb = tb.tb_next
+    return tb
+
+
+def _hide_us_from_the_hook() -> None:
+    """The interpreter is about to print the exception: through the program's own hook, if it set one, but without our frames."""
+    hook = sys.excepthook
+
+    def excepthook(kind: Any, error: BaseException, tb: types.TracebackType | None) -> None:
+        tb = _without_us(tb)
+        hook(kind, error.with_traceback(tb), tb)
+
+    sys.excepthook = excepthook
+
+
+def _fresh_main() -> types.ModuleType:
+    """Our own module steps aside: pickling and multiprocessing look for the program's names in `__main__`."""
+    main = types.ModuleType("__main__")
+    main.__dict__["__builtins__"] = sys.modules["builtins"]
+    sys.modules["__main__"] = main
+    return main
+
+
+def _run_script(target: str, args: list[str]) -> None:
+    sys.argv = [target, *args]
+    sys.orig_argv = [sys.executable, "-u", target, *args]
+    if os.path.isdir(target) or _is_archive(target):
+        if not sys.flags.safe_path:
+            del sys.path[0]
+        sys.path.insert(0, target)
+        _fresh_main()
+        runpy._run_module_as_main("__main__", False)  # type: ignore[attr-defined]
+        return
+    if not sys.flags.safe_path:
+        sys.path[0] = os.path.dirname(os.path.realpath(target))
+    main = _fresh_main()
+    path = os.path.abspath(target)
+    main.__dict__.update(
+        __file__=path, __cached__=None, __loader__=SourceFileLoader("__main__", path), __annotations__={}
+    )
+    try:
+        with io.open_code(path) as file:
+            source = file.read()
+    except OSError as error:
+        print(f"{sys.executable}: can't open file {path!r}: [Errno {error.errno}] {error.strerror}", file=sys.stderr)
+        sys.exit(2)
+    exec(compile(source, path, "exec", dont_inherit=True), main.__dict__)
+
+
+def _is_archive(target: str) -> bool:
+    import pkgutil
+    import zipimport
+
+    return isinstance(pkgutil.get_importer(target), zipimport.zipimporter)
+
+
+def _run_module(target: str, args: list[str]) -> None:
+    sys.argv = ["-m", *args]
+    sys.orig_argv = [sys.executable, "-u", "-m", target, *args]
+    if not sys.flags.safe_path:
+        sys.path[0] = os.getcwd()
+    _fresh_main()
+    runpy._run_module_as_main(target)  # type: ignore[attr-defined]
+
+
+def _main() -> None:
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE", "")
+    kind, target, args = sys.argv[1], sys.argv[2], sys.argv[3:]
+    for name, fd in (("stdout", 1), ("stderr", 2)):
+        stream = _guard_stream(getattr(sys, name), fd)
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
+    try:
+        (_run_module if kind == "module" else _run_script)(target, args)
+    except SystemExit:
+        raise
+    except BaseException as error:
+        error.__traceback__ = _without_us(error.__traceback__)
+        _record(error, error_file)
+        _hide_us_from_the_hook()
+        raise
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,58 @@
+"""Descendants that fall to this process when a guardian is killed: who they are, and ending them.
+
+The agent's process is a subreaper, so what a dead guardian's process leaves behind becomes its child. Children that we did not start and
+that were not there when the first agent began are strays. (Several agents may share one process; the books are per process.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+
+from launcher.node.guardian import PR_SET_CHILD_SUBREAPER, descendants_of, parents, prctl
+
+_lock = threading.Lock()
+_ours: set[int] = set()
+_adopting = False
+
+
+def adopt() -> None:
+    """From now on orphans below us become our children. Idempotent. Raises OSError."""
+    global _adopting
+    with _lock:
+        if not _adopting:
+            prctl(PR_SET_CHILD_SUBREAPER, 1)
+            _ours.update(_children())
+            _adopting = True
+
+
+def is_ours(pid: int) -> None:
+    """A child that we have started."""
+    with _lock:
+        _ours.add(pid)
+
+
+def is_no_longer_ours(pid: int) -> None:
+    """We have collected it; the number may come again."""
+    with _lock:
+        _ours.discard(pid)
+
+
+def kill() -> bool:
+    """Kills every stray with all its descendants and collects the dead. True when none was found: call it until then."""
+    with _lock:
+        found = [pid for pid in _children() if pid not in _ours]
+        for pid in found:
+            for victim in (pid, *descendants_of(pid)):
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(victim, signal.SIGKILL)
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, os.WNOHANG)
+        return not found
+
+
+def _children() -> list[int]:
+    me = os.getpid()
+    return [pid for pid, parent in parents().items() if parent == me]
