@@ -13,7 +13,8 @@ from typing import Any
 
 from fsspec.implementations.chained import ChainedFileSystem
 
-from cache.client.client import Cache, CachedObject
+from cache.client.client import Cache
+from cache.client.object import CachedObject
 from cache.errors import AccessDenied, ObjectNotFound, OriginError
 from cache.origin.ports import ObjectInfo
 

@@ -1,0 +1,156 @@
+"""Torch data sets over shards: map-style, so that any sampler, any number of workers and any order work.
+
+    dataset = ShardDataset(Cache(), "s3://bucket/train", TarFormat(), decode=my_decode)
+    sampler = ElasticBatchSampler(dataset, global_batch_size=256)
+    loader = ElasticLoader(dataset, sampler)
+
+With the cache's daemon, reading a resident sample is one pread of a local file (about 10 µs), so that no DataLoader
+worker is needed to hide I/O; use workers if *decoding* is expensive. A data set may be forked, pickled, and read from
+any thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from cache.client.client import Cache
+from cache.client.formats.index import Ints, SampleIndex
+from cache.client.formats.ports import ListedFormat, ShardFormat
+from cache.client.formats.tokens import TokenFormat
+from cache.client.handles import OpenShards
+from cache.client.indexing import build_index
+
+RawSample = dict[str, Any]
+"""What `decode` is given: each member's bytes under its extension ("png", "cls"), and `__key__`, `__url__`,
+`__index__`."""
+
+Decode = Callable[[RawSample], Any]
+
+
+class FileBytes(Protocol):
+    def read(self, offset: int, length: int) -> bytes: ...
+
+
+class ShardDataset(Dataset[Any]):
+    """The samples of all shards below some urls, numbered from 0 in the order of the shards.
+
+    `urls`: a prefix, an object, or several. `shard_format`: TarFormat(), RawFormat(), TokenFormat(seq_len).
+    `decode`: bytes to what the model eats; without one, samples are dictionaries of bytes. It must be picklable for
+    spawned workers. Building one reads the headers of all shards. Raises FormatError, ObjectNotFound and the origin's
+    errors.
+    """
+
+    def __init__(
+        self,
+        cache: Cache,
+        urls: str | Sequence[str],
+        shard_format: ShardFormat | ListedFormat,
+        decode: Decode | None = None,
+    ) -> None:
+        report = build_index(cache, urls, shard_format)
+        self.cache = cache
+        self.index: SampleIndex = report.index
+        self.decode = decode
+        self.resident_bytes_at_open = report.resident_bytes
+        self._shards = OpenShards(cache)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, sample: int) -> Any:
+        return self.__getitems__([sample])[0]
+
+    def __getitems__(self, samples: Sequence[int]) -> list[Any]:
+        """Several samples at once, in the order asked; torch's DataLoader calls this with a whole batch."""
+        numbers = np.asarray(samples, dtype=np.int64)
+        if numbers.size and (int(numbers.min()) < 0 or int(numbers.max()) >= len(self)):
+            raise IndexError(f"samples {numbers.min()}..{numbers.max()} of a data set of {len(self)}")
+        shards = self.index.shard_of(numbers)
+        fetched: list[Any] = [None] * len(numbers)
+        # In the order in which they lie: neighbours share blocks, and a reader past the daemon fetches windows.
+        order = np.lexsort((numbers, shards)).tolist()
+        misses = self.cache.stats().misses
+        for done, place in enumerate(order):
+            sample, shard_idx = int(numbers[place]), int(shards[place])
+            fetched[place] = self._fetch(sample, shard_idx)
+            if self.cache.stats().misses != misses:
+                # Something was not resident: the rest of the batch is asked for now, so that the waiting times overlap.
+                self._prefetch([(int(numbers[rest]), int(shards[rest])) for rest in order[done + 1 :]])
+                misses = -1
+        return [self._decoded(raw) for raw in fetched]
+
+    @property
+    def shard_sizes(self) -> tuple[int, ...]:
+        """Samples in each shard."""
+        return self.index.shard_sizes
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes, sorted, where the layout names them (RawFormat); a sample's `cls` is an index into
+        it."""
+        return self.index.classes
+
+    def visits(self, samples: Ints) -> tuple[list[tuple[str, int, int]], Ints]:
+        """What reading these samples will touch, for `Stream.announce`: see SampleIndex.visits."""
+        return self.index.visits(samples)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_shards"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._shards = OpenShards(self.cache)
+
+    def _fetch(self, sample: int, shard_idx: int) -> RawSample:
+        shard = self.index.shards[shard_idx]
+        handle = self._shards.get(shard)
+        spans = [(start, handle.read(start, length)) for start, length in self.index.spans(sample)]
+        raw: RawSample = {"__key__": self.index.key(sample), "__url__": shard.url, "__index__": sample}
+        for extension, offset, length in self.index.members(sample):
+            raw[extension] = next(
+                data if len(data) == length else data[offset - start : offset - start + length]
+                for start, data in spans
+                if start <= offset and offset + length <= start + len(data)
+            )
+        if self.index.class_ids is not None:
+            raw["cls"] = str(self.index.class_ids[sample]).encode()
+        return raw
+
+    def _prefetch(self, samples: list[tuple[int, int]]) -> None:
+        for sample, shard_idx in samples:
+            handle = self._shards.get(self.index.shards[shard_idx])
+            for offset, length in self.index.spans(sample):
+                handle.prefetch(offset, length)
+
+    def _decoded(self, raw: RawSample) -> Any:
+        if self.decode is None:
+            return raw
+        try:
+            return self.decode(raw)
+        except Exception as error:
+            error.add_note(f"while decoding sample {raw['__key__']!r} (number {raw['__index__']}) of {raw['__url__']}")
+            raise
+
+
+class TokenDataset(ShardDataset):
+    """Windows of tokens for language models: a sample is (inputs, targets), int64 tensors of `seq_len`, targets one
+    token ahead.
+
+    Windows begin every `seq_len` tokens and stay within a shard (see TokenFormat), so an epoch predicts every token
+    once.
+    """
+
+    def __init__(self, cache: Cache, urls: str | Sequence[str], seq_len: int, decode: Decode | None = None) -> None:
+        super().__init__(cache, urls, TokenFormat(seq_len), decode or window_to_tensors)
+
+
+def window_to_tensors(raw: RawSample) -> tuple[torch.Tensor, torch.Tensor]:
+    """A window's bytes as (inputs, targets)."""
+    ((dtype, data),) = ((name, data) for name, data in raw.items() if not name.startswith("__"))
+    tokens = torch.from_numpy(np.frombuffer(data, dtype=dtype).astype(np.int64))
+    return tokens[:-1], tokens[1:]

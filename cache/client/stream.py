@@ -1,0 +1,87 @@
+"""The known order of one reader, told to the daemon."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+from cache.client.door import Door
+from cache.client.link import Link
+from cache.daemon import wire
+from cache.errors import DaemonUnavailable
+from cache.origin.urls import canonical_url
+
+
+class Stream:
+    """The known order of one reader. `announce` what will be read, `advance` as it is read; the daemon fetches and evicts by it.
+
+    It belongs to the process that made it: in a forked child every call does nothing. One thread at a time.
+    """
+
+    def __init__(self, door: Door, name: str) -> None:
+        self._door = door
+        self._name = name
+        self._link: Link | None = None
+        self._is_mine = True
+        self._ahead: deque[tuple[str, int, int]] = deque()
+        self._num_behind = 0
+        self._link_offset = 0
+        door.members.add(self)
+
+    def announce(self, visits: Sequence[tuple[str, int, int]]) -> None:
+        """Appends visits (url, offset, length), in the order in which they will be read."""
+        if not self._is_mine:
+            return
+        link = self._linked()
+        self._ahead.extend(visits)
+        if link is not None:
+            self._tell_visits(link, visits)
+
+    def advance(self, num_visits: int) -> None:
+        """The first `num_visits` announced visits, counted from the stream's beginning, are behind the reader."""
+        if not self._is_mine:
+            return
+        while self._ahead and self._num_behind < num_visits:
+            self._ahead.popleft()
+            self._num_behind += 1
+        link = self._linked()
+        if link is not None:
+            self._tell(
+                link, {"op": "advance", "stream": self._name, "num_visits": self._num_behind - self._link_offset}
+            )
+            self._door.maybe_report()
+
+    def close(self) -> None:
+        """Nothing more will be read in this order."""
+        link = self._link
+        if self._is_mine and link is not None and link.is_alive:
+            self._tell(link, {"op": "close_stream", "stream": self._name})
+        self._link = None
+        self._ahead.clear()
+
+    def _linked(self) -> Link | None:
+        """The daemon that follows us. One that is new (the old one died) is told what lies ahead; its count begins there."""
+        link = self._door.link()
+        if link is not None and link is not self._link:
+            self._link = link
+            self._link_offset = self._num_behind
+            if self._ahead:
+                self._tell_visits(link, list(self._ahead))
+        return link
+
+    def _tell_visits(self, link: Link, visits: Sequence[tuple[str, int, int]]) -> None:
+        urls: dict[str, int] = {}
+        packed = [(urls.setdefault(url, len(urls)), offset, length) for url, offset, length in visits]
+        fields, body = wire.pack_visits([canonical_url(url) for url in urls], packed)
+        self._tell(link, {"op": "announce", "stream": self._name, **fields}, body)
+
+    def _tell(self, link: Link, header: dict[str, Any], body: bytes = b"") -> None:
+        try:
+            link.tell(header, body)
+        except DaemonUnavailable as error:
+            self._door.lost(error)
+
+    def after_fork(self) -> None:
+        """In the child: the order is the parent's to tell."""
+        self._is_mine = False
