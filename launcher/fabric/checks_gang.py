@@ -3,37 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 
-from launcher.fabric.facts import NodeFacts
+from launcher.fabric.facts import ERROR_COUNTERS, NodeFacts
 from launcher.fabric.findings import Finding, GangCheck, Severity, View
 from launcher.fabric.interfaces import subnet_of
 from launcher.fabric.nccl import gid_index, is_ipv4_gid, is_routable_gid
 
-ERROR_COUNTERS = (
-    "link_downed",
-    "symbol_error",
-    "link_error_recovery",
-    "port_rcv_errors",
-    "local_link_integrity_errors",
-    "local_ack_timeout_err",
-    "packet_seq_err",
-    "rnr_nak_retry_err",
-    "out_of_sequence",
-    "roce_adp_retrans",
-)
-"""Counters whose growth means that a link loses or repeats packets."""
-
 
 def same_machine(views: Sequence[View]) -> list[Finding]:
     found = []
-    for what, value_of in (
-        ("address", lambda facts: facts.node_ip),
-        ("GPU", lambda facts: next((gpu.uuid for gpu in facts.gpus if gpu.uuid), None)),
-    ):
+    for what in ("address", "GPU"):
         seen: dict[str, list[str]] = defaultdict(list)
         for view in views:
-            value = value_of(view.facts)
+            facts = view.facts
+            value = facts.node_ip if what == "address" else next((gpu.uuid for gpu in facts.gpus if gpu.uuid), None)
             if value is not None:
                 seen[value].append(view.facts.hostname)
         for value, hosts in seen.items():
@@ -73,7 +57,7 @@ def mtu(views: Sequence[View]) -> list[Finding]:
             by_host,
             "mtu-mismatch",
             Severity.ERROR,
-            lambda text, where=where: f"MTU of the {where} interface: {text}",
+            f"MTU of the {where} interface: ",
             "small messages pass, large ones hang",
             "set one MTU on all hosts and switch ports of this network",
         )
@@ -86,7 +70,7 @@ def transport(views: Sequence[View]) -> list[Finding]:
         by_host,
         "transport-mismatch",
         Severity.ERROR,
-        lambda text: f"network of the nodes: {text}",
+        "network of the nodes: ",
         "nodes with different networks cannot talk over the fast one: NCCL fails, or all fall back to TCP",
         "leave the odd nodes out, or see their own findings for why RDMA is missing there",
     )
@@ -98,7 +82,7 @@ def hca_count(views: Sequence[View]) -> list[Finding]:
         by_host,
         "hca-missing",
         Severity.ERROR,
-        lambda text: f"usable RDMA ports: {text}",
+        "usable RDMA ports: ",
         "rails do not match: some GPUs of the odd node have no port of their own, and the gang waits for them",
         "look for a port that is down on the odd node, or a pod that was given fewer devices",
     )
@@ -120,7 +104,7 @@ def hca_rate(views: Sequence[View]) -> list[Finding]:
         by_host,
         "rate-mismatch",
         Severity.WARNING,
-        lambda text: f"slowest RDMA port: {text}",
+        "slowest RDMA port: ",
         "a collective runs at the speed of its slowest link",
         "check cable, transceiver and switch port of the odd node",
     )
@@ -149,7 +133,7 @@ def gid_subnets(views: Sequence[View]) -> list[Finding]:
             by_host,
             "gid-subnets",
             Severity.WARNING,
-            lambda text, rail=rail: f"subnet of rail {rail}: {text}",
+            f"subnet of rail {rail}: ",
             "the odd host's port is cabled to another rail, or has an address of another network: connections time out",
             "compare cabling and addresses of this rail; set NCCL_IB_ADDR_RANGE if a port has several addresses",
         )
@@ -158,7 +142,7 @@ def gid_subnets(views: Sequence[View]) -> list[Finding]:
             indices,
             "gid-index-differs",
             Severity.ERROR if any("NCCL_IB_GID_INDEX" in view.user_env for view in views) else Severity.INFO,
-            lambda text: f"index of the RoCE v2 entry: {text}",
+            "index of the RoCE v2 entry: ",
             "one NCCL_IB_GID_INDEX cannot be right for all hosts",
             "leave NCCL_IB_GID_INDEX unset: NCCL ≥ 2.21 searches on each host",
         )
@@ -195,7 +179,7 @@ def versions(views: Sequence[View]) -> list[Finding]:
             by_host,
             f"version-skew-{name.replace('_', '-')}",
             severity,
-            lambda text, name=name: f"{name} {text}",
+            f"{name} ",
             meaning,
             "use one image on all nodes" if name != "driver" else "bring the drivers of all nodes to one version",
         )
@@ -208,7 +192,7 @@ def gpus(views: Sequence[View]) -> list[Finding]:
         by_host,
         "gpu-mismatch",
         Severity.WARNING,
-        lambda text: f"GPUs: {text}",
+        "GPUs: ",
         "the gang runs at the pace of its slowest GPU; with fewer GPUs a node cannot hold its ranks",
         "use nodes of one kind; if a GPU is missing, see that node's own findings",
     )
@@ -227,7 +211,7 @@ def firmware(views: Sequence[View]) -> list[Finding]:
             by_host,
             "firmware-skew",
             Severity.INFO,
-            lambda text, board=board: f"firmware of {board}: {text}",
+            f"firmware of {board}: ",
             "cards of one kind may behave differently",
             "bring all cards to one firmware",
         )
@@ -267,10 +251,10 @@ def _gpu_summary(facts: NodeFacts) -> str:
 
 
 def _odd(
-    by_host: dict[str, str] | dict[str, int],
+    by_host: Mapping[str, object],
     id: str,
     severity: Severity,
-    evidence: Callable[[str], str],
+    what: str,
     meaning: str,
     cure: str,
 ) -> list[Finding]:
@@ -278,11 +262,15 @@ def _odd(
     counts = Counter(by_host.values())
     if len(counts) < 2:
         return []
-    (usual, usual_count), *_ = sorted(counts.items(), key=lambda item: (-item[1], str(item[0])))
+    (usual, usual_count), (_, second_count), *_ = sorted(counts.items(), key=lambda item: (-item[1], str(item[0])))
+    if usual_count == second_count:
+        # No majority: nobody can say who is wrong.
+        shown = "; ".join(f"{value} on {host}" for host, value in list(by_host.items())[:6])
+        return [Finding(id, severity, tuple(by_host), f"{what}{shown}", meaning, cure)]
     odd = tuple(host for host, value in by_host.items() if value != usual)
     shown = "; ".join(f"{by_host[host]} on {host}" for host in odd[:4])
     more = f" and {len(odd) - 4} more" if len(odd) > 4 else ""
-    return [Finding(id, severity, odd, evidence(f"{shown}{more}, {usual} on {usual_count} others"), meaning, cure)]
+    return [Finding(id, severity, odd, f"{what}{shown}{more}, {usual} on {usual_count} others", meaning, cure)]
 
 
 CHECKS: tuple[GangCheck, ...] = (

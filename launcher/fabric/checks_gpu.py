@@ -31,7 +31,7 @@ def gpu_missing(view: View) -> list[Finding]:
         for device in facts.pci
         if device.vendor == NVIDIA and (device.class_code or "").startswith(GPU_CLASSES) and device.address not in known
     ]
-    if not lost or not facts.gpus or facts.platform.is_container is True:
+    if not lost or facts.platform.is_container is True:
         return []
     return [
         view.finding(
@@ -143,10 +143,12 @@ def nvlink(view: View) -> list[Finding]:
 
 def pcie(view: View) -> list[Finding]:
     """Links that run with fewer lanes than they have. Speed is not looked at: idle devices lower it."""
-    facts, narrow = view.facts, []
-    for gpu in facts.gpus:
-        if gpu.pcie_width and gpu.max_pcie_width and gpu.pcie_width < gpu.max_pcie_width:
-            narrow.append(f"GPU {gpu.index} x{gpu.pcie_width} of x{gpu.max_pcie_width}")
+    facts = view.facts
+    narrow = [
+        f"GPU {gpu.index} x{gpu.pcie_width} of x{gpu.max_pcie_width}"
+        for gpu in facts.gpus
+        if gpu.pcie_width and gpu.max_pcie_width and gpu.pcie_width < gpu.max_pcie_width
+    ]
     for hca in facts.hcas:
         device = facts.pci_of(hca.pci)
         if device is None or not device.link_width or not device.max_link_width or device.physfn is not None:

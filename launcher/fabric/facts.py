@@ -15,6 +15,20 @@ from typing import Literal
 
 Unlimited = Literal["unlimited"]
 
+ERROR_COUNTERS = (
+    "link_downed",
+    "symbol_error",
+    "link_error_recovery",
+    "port_rcv_errors",
+    "local_link_integrity_errors",
+    "local_ack_timeout_err",
+    "packet_seq_err",
+    "rnr_nak_retry_err",
+    "out_of_sequence",
+    "roce_adp_retrans",
+)
+"""Counters of a port whose growth means that a link loses or repeats packets."""
+
 
 class FabricError(Exception):
     """Base of what the fabric room raises.
