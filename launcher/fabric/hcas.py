@@ -168,7 +168,7 @@ def _without_far(candidates: list[_Candidate], excluded: dict[str, str]) -> list
     kept = []
     for item in candidates:
         if item.is_far:
-            excluded[item.label] = "SYS to every GPU (other ports are nearer): storage or front-end, by its place"
+            excluded[item.label] = "SYS to every GPU while others are nearer: storage or front-end"
         else:
             kept.append(item)
     return kept
@@ -197,12 +197,9 @@ def _by_place_and_rate(
         return kept, "the fastest active ports; those beside a GPU are slower and few", doubt
     for item in candidates:
         if not item.local_gpus:
-            place = item.nearest.name if item.nearest is not None else "at an unknown place"
             rate = "" if item.rate is None else f", {item.rate:g} Gb/s"
-            excluded[item.label] = (
-                f"no GPU behind its PCIe switch ({place} at best{rate}) while other ports have one: "
-                "storage, management or front-end, by its place"
-            )
+            place = "its place is unknown" if item.nearest is None else f"{item.nearest.name} to the nearest GPU"
+            excluded[item.label] = f"{place}{rate}, while others share a PCIe switch with a GPU: not a compute port"
     aside = None
     if is_slow:
         aside = f"ports away from the GPUs are faster ({fastest:g} Gb/s against {best_local:g}) and were left out"

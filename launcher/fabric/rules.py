@@ -139,7 +139,10 @@ def _ib_hca(case: _Case) -> list[Decision]:
     if by_default == chosen and len(chosen) <= nccl.MAX_HCAS:
         why = f"NCCL takes all {len(chosen)} active ports by itself, and these are the right ones ({choice.reason})"
         return [Decision(name, None, why, GUIDE)]
-    left_out = "; ".join(f"{hca}: {why}" for hca, why in choice.excluded.items())
+    by_reason: dict[str, list[str]] = {}
+    for hca, why in choice.excluded.items():
+        by_reason.setdefault(why, []).append(hca)
+    left_out = "; ".join(f"{', '.join(hcas)} ({why})" for why, hcas in by_reason.items())
     value = nccl.names_value([port.value(case.facts) for port in choice.ports])
     return [Decision(name, value, f"{choice.reason}. Left out: {left_out}", GUIDE)]
 

@@ -1,0 +1,226 @@
+"""`python -m launcher doctor`: looks at this machine, at the nodes of a Ray cluster, or at recorded facts, and says what it sees.
+
+A thin shell: it reads facts, asks the rules and the checks, prints a page. How the facts of a Ray cluster are gathered is
+given by the caller (`gather`), because this room does not know Ray.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from launcher.fabric.codec import from_json, to_json
+from launcher.fabric.facts import FactsError, NodeFacts
+from launcher.fabric.findings import Finding, Severity, findings, worst
+from launcher.fabric.order import order_nodes, place_of
+from launcher.fabric.page import Examination, as_json, explain_page, text_page
+from launcher.fabric.probe import probe
+from launcher.fabric.rules import GangRequest, environment
+
+EXIT_USAGE = 64
+"""sysexits.h EX_USAGE: the command line is wrong. 0, 1 and 2 are taken by the severity of what was found."""
+
+EXIT_NO_FACTS = 66
+"""sysexits.h EX_NOINPUT: there was nothing to look at."""
+
+EPILOG = """\
+exit code: 0 nothing worse than a remark, 1 warnings, 2 errors, 64 wrong usage, 66 no facts to look at
+
+examples:
+  python -m launcher doctor                          this machine
+  python -m launcher doctor --explain NCCL_IB_HCA    why one variable is what it is
+  python -m launcher doctor --save facts/            record this machine; copy the files of all nodes into one folder, then
+  python -m launcher doctor --facts facts/           look at them together
+"""
+
+Gather = Callable[[str], Sequence[NodeFacts]]
+"""From the address of a Ray cluster to the facts of its nodes."""
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """Facts from files, and a finding for each file that could not be used."""
+
+    nodes: tuple[NodeFacts, ...]
+    findings: tuple[Finding, ...]
+
+
+def main(
+    argv: Sequence[str], *, gather: Gather | None = None, env: Mapping[str, str] | None = None, root: str | Path = "/"
+) -> int:
+    """Runs the doctor; the result is the exit code. `gather` is what `--address` uses; `env` defaults to this process's."""
+    user_env = os.environ if env is None else env
+    options = _parser(gather is not None).parse_args(list(argv))
+    try:
+        nodes, extra, remark = _look(options, gather, root)
+    except FactsError as error:
+        print(f"doctor: {error}", file=sys.stderr)
+        return EXIT_NO_FACTS
+    if options.save is not None:
+        return _save(nodes, Path(options.save))
+    examination = examine(nodes, _request(options, len(nodes)), user_env, extra=extra, remark=remark)
+    if options.explain is not None:
+        print(explain_page(examination, options.explain), end="")
+        return 0
+    if options.json:
+        print(json.dumps(as_json(examination), indent=1))
+    else:
+        print(text_page(examination), end="")
+    return int(worst(examination.findings))
+
+
+def examine(
+    nodes: Sequence[NodeFacts],
+    request: GangRequest,
+    user_env: Mapping[str, str],
+    *,
+    extra: Sequence[Finding] = (),
+    remark: str = "",
+) -> Examination:
+    """All that follows from the facts of these nodes; `extra` findings come first."""
+    order = order_nodes([place_of(facts) for facts in nodes])
+    found = [*extra, *findings(nodes, request=request, user_env=user_env)]
+    return Examination(
+        tuple(nodes),
+        environment(nodes, request, user_env),
+        order,
+        tuple(sorted(found, key=lambda finding: -finding.severity)),
+        remark,
+    )
+
+
+def load(path: Path) -> Recorded:
+    """Facts from a file, or from all *.json of a folder. FactsError if not one of them can be used."""
+    if path.is_dir():
+        files = sorted(path.glob("*.json"))
+    elif path.exists():
+        files = [path]
+    else:
+        raise FactsError(
+            f"{path} does not exist.\nRecord facts on each node with: python -m launcher doctor --save DIR"
+        )
+    nodes: list[NodeFacts] = []
+    broken: list[FactsError] = []
+    for file in files:
+        try:
+            nodes.append(from_json(_content(file), source=str(file)))
+        except FactsError as error:
+            broken.append(error)
+    if not nodes:
+        why = f"\n{broken[0]}" if broken else ""
+        raise FactsError(f"{path} holds no facts that can be used ({len(files)} files ending in .json).{why}")
+    return Recorded(tuple(nodes), tuple(_unreadable(error) for error in broken))
+
+
+def _content(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise FactsError(
+            f"{file} cannot be read ({error}).\nRecord it again with: python -m launcher doctor --save DIR"
+        ) from error
+
+
+def _unreadable(error: FactsError) -> Finding:
+    what, _, cure = str(error).partition("\n")
+    return Finding(
+        "facts-unreadable",
+        Severity.ERROR,
+        (),
+        what,
+        "this node is not part of the picture; what is wrong on it stays unseen",
+        cure or "record its facts again with: python -m launcher doctor --save DIR",
+    )
+
+
+def _look(
+    options: argparse.Namespace, gather: Gather | None, root: str | Path
+) -> tuple[tuple[NodeFacts, ...], tuple[Finding, ...], str]:
+    if options.facts is not None:
+        recorded = load(Path(options.facts))
+        return (
+            recorded.nodes,
+            recorded.findings,
+            f"Recorded facts from {options.facts}; your variables are this shell's.",
+        )
+    if options.address is not None:
+        assert gather is not None
+        nodes = tuple(gather(options.address))
+        if not nodes:
+            raise FactsError(f"the Ray cluster at {options.address} has no live node.\nCheck it with: ray status")
+        return nodes, (), f"The nodes of the Ray cluster at {options.address}."
+    alone = "This machine, as a node of a larger gang." if options.nnodes is None else "This machine."
+    return (probe(root, node_ip=options.node_ip),), (), alone
+
+
+def _save(nodes: Sequence[NodeFacts], folder: Path) -> int:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for position, facts in enumerate(nodes):
+            name = f"{_file_name(facts.hostname)}.json"
+            if sum(other.hostname == facts.hostname for other in nodes) > 1:
+                name = f"{_file_name(facts.hostname)}-{position}.json"
+            target = folder / name
+            target.write_text(to_json(facts, indent=1) + "\n", encoding="utf-8")
+            print(target)
+    except OSError as error:
+        print(f"doctor: the facts could not be written to {folder} ({error}).", file=sys.stderr)
+        return EXIT_NO_FACTS
+    return 0
+
+
+def _file_name(hostname: str) -> str:
+    return "".join(char if char.isalnum() or char in "-._" else "_" for char in hostname).strip(".") or "node"
+
+
+def _request(options: argparse.Namespace, num_facts: int) -> GangRequest:
+    return GangRequest(
+        local_world_size=options.nproc_per_node,
+        # One machine is shown as it would be in a larger gang: alone it needs almost nothing set.
+        num_nodes=options.nnodes if options.nnodes is not None else max(2, num_facts),
+        bind=options.bind,
+        is_rail_only=True if options.rail_only else None,
+    )
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        # argparse would exit with 2, which here means "errors were found".
+        self.print_usage(sys.stderr)
+        self.exit(EXIT_USAGE, f"{self.prog}: {message}\n")
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return number
+
+
+def _parser(can_gather: bool) -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python -m launcher doctor",
+        description="What this machine's GPUs and network are, what would be set for a job and why, and what is wrong.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--facts", metavar="DIR", help="look at recorded facts: a folder of *.json, or one file")
+    if can_gather:
+        where.add_argument("--address", help="look at every node of the Ray cluster at this address")
+    parser.add_argument("--save", metavar="DIR", help="write the facts of each node to DIR/HOST.json and stop")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a page")
+    parser.add_argument("--explain", metavar="VARIABLE", help="say why one variable is set or left, and stop")
+    parser.add_argument("--node-ip", help="the address by which the other nodes reach this machine")
+    parser.add_argument("--nnodes", type=_positive, help="nodes of the job (default: the nodes seen, at least 2)")
+    parser.add_argument("--nproc-per-node", type=_positive, help="ranks per node (default: one per GPU)")
+    parser.add_argument("--bind", choices=("auto", "numa", "none"), default="auto", help="bind ranks to CPUs")
+    parser.add_argument("--rail-only", action="store_true", help="NICs of different number cannot reach each other")
+    parser.set_defaults(address=None)
+    return parser
