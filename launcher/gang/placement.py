@@ -24,6 +24,7 @@ from launcher.gang.offers import (
     describe_request,
     holds,
     plural,
+    units,
 )
 
 
@@ -100,6 +101,12 @@ def resolve_procs_per_node(wish: str, nodes: Sequence[NodeOffer], min_nodes: int
     if wish == "auto":
         return _most_on_each(GPU, nodes, min_nodes) or _most_on_each(CPU, nodes, min_nodes)
     raise ValueError(f"{wish!r}: expected auto, gpu or cpu")
+
+
+def default_gpus_per_proc(nodes: Sequence[NodeOffer], groups: Sequence[NodeGroup] = ()) -> float:
+    """One GPU for each rank where any node has or may have one, else none: who has GPUs trains on them."""
+    amounts = [node.total for node in nodes] + [group.resources for group in groups]
+    return 1.0 if any(units(amount.get(GPU, 0)) > 0 for amount in amounts) else 0.0
 
 
 def _most_on_each(resource: str, nodes: Sequence[NodeOffer], min_nodes: int) -> int:

@@ -1,0 +1,19 @@
+"""Nodes of a Ray cluster. Only this package imports ray, and only when an address is given.
+
+`connection` (reach the cluster or say why not), `survey` (what the nodes have), `acquire` (placement group, one agent on each bundle),
+`agent_actor` (the node's side), `remote_node` (the driver's side of one agent), `cluster` (the port).
+"""
+
+from __future__ import annotations
+
+from launcher.cluster.ray.cluster import RayCluster
+from launcher.cluster.ray.connection import connect_to_ray
+from launcher.spec import JobSpec
+
+__all__ = ["RayCluster", "connect"]
+
+
+def connect(address: str, spec: JobSpec) -> RayCluster:
+    """A connection to the cluster at `address`. Raises ClusterUnavailable, within seconds, with what is wrong."""
+    resolved = connect_to_ray(address)
+    return RayCluster(resolved, spec)

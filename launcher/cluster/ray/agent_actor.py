@@ -1,0 +1,172 @@
+"""The node's side: a NodeAgent inside a Ray actor. Knows Ray only by being called from it.
+
+Events leave by long-poll (`poll_events`), shown output by a second one (`poll_outputs`), each in a concurrency group of its own, so
+neither waits for the other and both do not wait for commands. Output never goes through Ray's own log forwarding, which folds
+equal lines (ray#37873).
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import socket
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+
+from launcher.gang.events import AttemptPlan, Event, LogChunk, Notice, Output
+from launcher.gang.world import NodeInfo
+from launcher.node.agent import NodeAgent
+from launcher.spec import JobSpec
+
+EVENT_GROUP = "events"
+OUTPUT_GROUP = "outputs"
+
+MAX_HELD_BYTES = 4 * 1024 * 1024
+"""Shown output held on the node while the launcher's terminal is slow; beyond it the ranks' files are not read on."""
+LEASE_S = 20.0
+"""An agent that nobody polls for so long ends its ranks and itself: the launcher is dead or cannot be reached, and its half of the
+gang may be running again elsewhere. Twice the launcher's own patience (`remote_node.SILENCE_S`), so that it gives up first."""
+
+
+@dataclass(frozen=True)
+class Hello:
+    """What an agent says of itself before it is given work."""
+
+    railhead: str
+    python: str
+    hostname: str
+    cwd: str | None
+    """Directory in which ranks will run; None if the job's is not there."""
+
+
+class AgentActor:
+    """Created by the launcher on its bundle. All methods are called by Ray."""
+
+    def __init__(self) -> None:
+        self._agent: NodeAgent | None = None
+        self._changed = threading.Condition()
+        self._events: deque[Event] = deque()
+        self._outputs: deque[Output] = deque()
+        self._num_held_bytes = 0
+        self._last_poll_s = time.monotonic()
+
+    def hello(self, cwd: str, use_own_cwd: bool) -> Hello:
+        """Who is here. `use_own_cwd`: Ray has put the job's files where this process runs (`runtime_env` with a working directory)."""
+        chosen = os.getcwd() if use_own_cwd else cwd
+        return Hello(
+            installed_version(),
+            platform.python_version(),
+            socket.gethostname(),
+            chosen if Path(chosen).is_dir() else None,
+        )
+
+    def begin(self, node: NodeInfo, spec: JobSpec, run_dir: str, cwd: str) -> None:
+        """Starts the agent."""
+        made, notice = _make_run_dir(run_dir)
+        if notice:
+            self._put_event(Notice(notice, node.node_id))
+        base_env = user_environment(os.environ, _initial_environment())
+        self._agent = NodeAgent(node, replace(spec, cwd=cwd), made, base_env, self._put_event, self._put_output)
+        self._last_poll_s = time.monotonic()
+        threading.Thread(target=self._watch_lease, name="lease", daemon=True).start()
+
+    def open_store(self, attempt: int) -> None:
+        if self._agent:
+            self._agent.open_store(attempt)
+
+    def start_ranks(self, plan: AttemptPlan) -> None:
+        if self._agent:
+            self._agent.start_ranks(plan)
+
+    def stop_attempt(self, attempt: int, grace_s: float) -> None:
+        if self._agent:
+            self._agent.stop_attempt(attempt, grace_s)
+
+    def close(self) -> None:
+        if self._agent:
+            self._agent.close()
+
+    def poll_events(self, timeout_s: float) -> list[Event]:
+        """Events so far; empty after `timeout_s`: the heartbeat."""
+        with self._changed:
+            self._last_poll_s = time.monotonic()
+            self._changed.wait_for(lambda: self._events, timeout_s)
+            batch = list(self._events)
+            self._events.clear()
+            return batch
+
+    def poll_outputs(self, timeout_s: float) -> list[Output]:
+        """Shown output so far; empty after `timeout_s`."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._outputs, timeout_s)
+            batch = list(self._outputs)
+            self._outputs.clear()
+            self._num_held_bytes = 0
+            self._changed.notify_all()
+            return batch
+
+    def _put_event(self, event: Event) -> None:
+        with self._changed:
+            self._events.append(event)
+            self._changed.notify_all()
+
+    def _put_output(self, output: Output) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._num_held_bytes < MAX_HELD_BYTES)
+            self._outputs.append(output)
+            if isinstance(output, LogChunk):
+                self._num_held_bytes += len(output.data)
+            self._changed.notify_all()
+
+    def _watch_lease(self) -> None:
+        while time.monotonic() - self._last_poll_s < LEASE_S:
+            time.sleep(1.0)
+        self.close()
+        os._exit(1)
+
+
+def installed_version() -> str:
+    """The version of the installed distribution; both sides must have the same, for they exchange pickles."""
+    return version("railhead")
+
+
+def _make_run_dir(run_dir: str) -> tuple[str, str]:
+    """The run directory on this node, and a notice if it had to be another one."""
+    try:
+        os.makedirs(run_dir, exist_ok=True)
+    except OSError as error:
+        other = tempfile.mkdtemp(prefix="railhead-run-")
+        return (
+            other,
+            f"{run_dir} cannot be made on {socket.gethostname()} ({error.strerror}); logs of its ranks are there in {other}",
+        )
+    return run_dir, ""
+
+
+# What Ray puts into the environment of its workers for itself. A rank is not a worker of Ray, and would for example count
+# OMP_NUM_THREADS=8 as the user's wish.
+_RAYS_OWN = ("SPT_NOENV", "RAY_JOB_ID", "RAY_RAYLET_PID")
+_RAYS_LATER = ("OMP_NUM_THREADS", "PYTHONBREAKPOINT")
+
+
+def user_environment(now: Mapping[str, str], initial: Mapping[str, str]) -> dict[str, str]:
+    """The environment that the node and the user gave this process: `now` without what Ray added for itself.
+
+    >>> user_environment({"PATH": "/bin", "OMP_NUM_THREADS": "8", "CUDA_VISIBLE_DEVICES": "0"}, {"PATH": "/bin"})
+    {'PATH': '/bin', 'CUDA_VISIBLE_DEVICES': '0'}
+    >>> user_environment({"OMP_NUM_THREADS": "4"}, {"OMP_NUM_THREADS": "4"})
+    {'OMP_NUM_THREADS': '4'}
+    """
+    added = {name for name in _RAYS_LATER if name not in initial}
+    return {name: value for name, value in now.items() if name not in added and name not in _RAYS_OWN}
+
+
+def _initial_environment() -> dict[str, str]:
+    pairs = Path("/proc/self/environ").read_bytes().decode(errors="surrogateescape").split("\0")
+    return dict(pair.split("=", 1) for pair in pairs if "=" in pair)
