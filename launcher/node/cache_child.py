@@ -59,7 +59,9 @@ class CacheChild:
         self._already_running = False
         self._received = b""
         self.deadline_s = time.monotonic() + ANNOUNCE_TIMEOUT_S
-        self.socket = socket_path(os.path.join(cwd, options.dir))
+        # Expanded here, on the node: `$SLURM_TMPDIR/cache` and `~` differ from node to node.
+        self._dir = os.path.join(cwd, os.path.expanduser(os.path.expandvars(options.dir)))
+        self.socket = socket_path(self._dir)
         os.makedirs(os.path.dirname(self.socket), mode=0o700, exist_ok=True)
         self._log_fd = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         self.announce_fd, write_fd = os.pipe()
@@ -80,7 +82,7 @@ class CacheChild:
         packages = str(Path(__file__).parents[2])
         python_path = os.pathsep.join(filter(None, [packages, base_env.get("PYTHONPATH", "")]))
         program = options.program or (sys.executable, "-P", "-m", "cache")
-        argv = [*program, "serve", "--dir", options.dir, "--capacity", options.capacity]
+        argv = [*program, "serve", "--dir", self._dir, "--capacity", options.capacity]
         argv += ["--socket", self.socket, "--announce", "--exit-with-parent"]
         return argv, {**base_env, "PYTHONPATH": python_path}
 
