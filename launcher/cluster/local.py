@@ -57,6 +57,5 @@ class LocalCluster:
         return self._agents[node_id]
 
     def close(self) -> None:
-        while self._agents:
-            _, agent = self._agents.popitem()
+        for agent in self._agents.values():
             agent.close()

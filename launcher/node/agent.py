@@ -61,6 +61,8 @@ class NodeAgent:
         self._sweep_until_s = 0.0
         self._is_closing = False
         self._commands: collections.deque[Callable[[], None]] = collections.deque()
+        self._commands_lock = threading.Lock()
+        self._is_over = False
         self._selector = selectors.DefaultSelector()
         self._wake_fd, self._wake_write_fd = os.pipe()
         os.set_blocking(self._wake_fd, False)
@@ -99,9 +101,11 @@ class NodeAgent:
     # --- the loop -------------------------------------------------------------------------------------------------------------------
 
     def _post(self, command: Callable[[], None]) -> None:
-        self._commands.append(command)
-        with contextlib.suppress(OSError):  # full: it is awake anyway; closed: nobody needs it
-            os.write(self._wake_write_fd, b"x")
+        with self._commands_lock:
+            if not self._is_over:  # or we would write into whatever has the descriptor's number now
+                self._commands.append(command)
+                with contextlib.suppress(BlockingIOError):  # full: it is awake anyway
+                    os.write(self._wake_write_fd, b"x")
 
     def _drain_wake(self) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -116,9 +120,11 @@ class NodeAgent:
             self._sweep()
             if self._cache is not None:
                 self._cache.check_deadline(time.monotonic())
-        self._selector.close()
-        os.close(self._wake_fd)
-        os.close(self._wake_write_fd)
+        with self._commands_lock:
+            self._is_over = True
+            self._selector.close()
+            os.close(self._wake_fd)
+            os.close(self._wake_write_fd)
 
     def _is_idle(self) -> bool:
         return self._attempt is None and self._cache is None and self._sweep_until_s == 0.0

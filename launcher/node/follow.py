@@ -66,6 +66,7 @@ class LogFollower:
         fd = os.open(source.path, os.O_RDONLY | os.O_CLOEXEC)
         with self._lock:
             self._followed.append(_Followed(source, fd, time.monotonic()))
+            self._hurry()
 
     def drain(self, timeout_s: float) -> None:
         """Waits until everything written before this call is handed on, at most `timeout_s` (a terminal may be stuck)."""
