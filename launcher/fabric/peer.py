@@ -1,0 +1,309 @@
+"""One node's part of the preflight: it listens where training will listen, and measures towards the other nodes.
+
+A thin shell over sockets. `LocalPeer` does the work in this process (a Ray actor may hold one); `python -m
+launcher.fabric.peer` wraps one in a process that is driven by JSON lines on standard input. The listener takes ephemeral
+ports on the node's own address, answers only who knows its token, and ends with the peer.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import socket
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+TIMEOUT_S = 2.0
+"""For a connection within a data centre, twenty times what a lost SYN costs on a healthy path."""
+
+WARM_UP_S = 0.04
+"""What arrives in this time is not counted: slow start, and the burst that a shaped link lets through."""
+
+WINDOW_S = 0.02
+"""Length of the windows over which the rate is taken."""
+
+MAX_TRANSFER_S = 10.0
+SMALL_DATAGRAM = 64
+HEADERS = 28
+"""IPv4 and UDP headers, which count towards the MTU."""
+
+IP_MTU_DISCOVER, IP_MTU = 10, 14
+IP_PMTUDISC_PROBE = 3
+"""Set DF and ignore what the kernel remembers of the path: linux/in.h."""
+
+_CHUNK = bytes(1 << 18)
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where a peer listens."""
+
+    address: str
+    tcp_port: int
+    udp_port: int
+    token: str
+
+
+@dataclass(frozen=True)
+class Connection:
+    """The outcome of connecting to one endpoint."""
+
+    is_ok: bool
+    problem: str = ""
+    clock_offset_s: float | None = None
+
+
+@dataclass(frozen=True)
+class DatagramOutcome:
+    size: int
+    is_small_ok: bool
+    is_large_ok: bool
+
+
+class LocalPeer:
+    """Listens on `address` and measures from it. Methods block and may be called from any thread; close() ends it."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._token = secrets.token_hex(16)
+        self._tcp = socket.create_server((address, 0), backlog=256)
+        self._udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        try:
+            self._udp.bind((address, 0))
+        except OSError:
+            self._tcp.close()
+            self._udp.close()
+            raise
+        self._udp.settimeout(0.2)
+        self._tcp.settimeout(0.2)
+        self._is_closing = threading.Event()
+        self._threads = [
+            threading.Thread(target=self._serve_tcp, name="preflight-tcp", daemon=True),
+            threading.Thread(target=self._serve_udp, name="preflight-udp", daemon=True),
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def endpoint(self) -> Endpoint:
+        return Endpoint(self._address, self._tcp.getsockname()[1], self._udp.getsockname()[1], self._token)
+
+    def connect(self, targets: Sequence[Endpoint], timeout_s: float = TIMEOUT_S) -> list[Connection]:
+        """Tries all targets at once; one result each, in order."""
+        return _at_once([(self._connect_one, (target, timeout_s)) for target in targets])
+
+    def datagrams(self, targets: Sequence[Endpoint], timeout_s: float = 0.5) -> list[DatagramOutcome]:
+        """Sends each target an unfragmentable datagram, small and of the interface's full size, until answered."""
+        return _at_once([(self._datagrams_one, (target, timeout_s)) for target in targets])
+
+    def transfer(self, target: Endpoint, seconds: float) -> float:
+        """Bytes per second that reach the target in about `seconds`; 0.0 if the connection fails."""
+        seconds = min(seconds, MAX_TRANSFER_S)
+        try:
+            with self._open(target, TIMEOUT_S) as connection:
+                connection.settimeout(seconds + TIMEOUT_S + MAX_TRANSFER_S)
+                _send_line(connection, {"token": target.token, "do": "sink"})
+                end = time.monotonic() + seconds
+                while time.monotonic() < end:
+                    connection.sendall(_CHUNK)
+                connection.shutdown(socket.SHUT_WR)
+                answer = _read_line(connection)
+            return float(answer["rate_bytes_per_s"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return 0.0
+
+    def close(self) -> None:
+        """Ends the listener; returns when its threads have ended."""
+        self._is_closing.set()
+        for thread in self._threads:
+            thread.join()
+        self._tcp.close()
+        self._udp.close()
+
+    def _open(self, target: Endpoint, timeout_s: float) -> socket.socket:
+        # From the node's own address: another source could be another way through the network.
+        return socket.create_connection((target.address, target.tcp_port), timeout_s, source_address=(self._address, 0))
+
+    def _connect_one(self, target: Endpoint, timeout_s: float) -> Connection:
+        started = time.time()
+        try:
+            with self._open(target, timeout_s) as connection:
+                _send_line(connection, {"token": target.token, "do": "ping"})
+                asked = time.time()
+                answer = _read_line(connection)
+                answered = time.time()
+            return Connection(True, "", float(answer["unix_time"]) - (asked + answered) / 2)
+        except TimeoutError:
+            return Connection(False, f"no answer in {timeout_s:g} s: packets are dropped on the way")
+        except ConnectionRefusedError:
+            return Connection(False, "refused: a firewall rejects it, or another machine has this address")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            return Connection(False, f"{error or type(error).__name__} after {time.time() - started:.1f} s")
+
+    def _datagrams_one(self, target: Endpoint, timeout_s: float) -> DatagramOutcome:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+            size = 0
+            try:
+                sender.bind((self._address, 0))
+                sender.connect((target.address, target.udp_port))
+                sender.setsockopt(socket.IPPROTO_IP, IP_MTU_DISCOVER, IP_PMTUDISC_PROBE)
+                size = max(sender.getsockopt(socket.IPPROTO_IP, IP_MTU) - HEADERS, SMALL_DATAGRAM)
+                return DatagramOutcome(
+                    size,
+                    self._is_answered(sender, target.token, SMALL_DATAGRAM, timeout_s),
+                    self._is_answered(sender, target.token, size, timeout_s),
+                )
+            except OSError:
+                return DatagramOutcome(size, False, False)
+
+    @staticmethod
+    def _is_answered(sender: socket.socket, token: str, size: int, timeout_s: float) -> bool:
+        # Datagrams may be lost: three tries, one answer is proof.
+        message = token.encode().ljust(size, b".")
+        for _ in range(3):
+            sender.settimeout(timeout_s / 3)
+            try:
+                sender.send(message)
+                if sender.recv(64) == str(size).encode():
+                    return True
+            except OSError:
+                continue
+        return False
+
+    def _serve_tcp(self) -> None:
+        handlers: list[threading.Thread] = []
+        while not self._is_closing.is_set():
+            try:
+                connection, _ = self._tcp.accept()
+            except OSError:
+                continue
+            handler = threading.Thread(target=self._answer, args=(connection,), name="preflight-answer", daemon=True)
+            handler.start()
+            handlers = [thread for thread in handlers if thread.is_alive()] + [handler]
+        for handler in handlers:
+            handler.join(TIMEOUT_S)
+
+    def _serve_udp(self) -> None:
+        token = self._token.encode()
+        while not self._is_closing.is_set():
+            try:
+                message, sender = self._udp.recvfrom(1 << 16)
+                if message.startswith(token):
+                    # The answer is small, so the way back does not depend on the MTU.
+                    self._udp.sendto(str(len(message)).encode(), sender)
+            except OSError:
+                continue
+
+    def _answer(self, connection: socket.socket) -> None:
+        with connection:
+            connection.settimeout(TIMEOUT_S)
+            try:
+                request = _read_line(connection)
+                if not secrets.compare_digest(str(request.get("token")), self._token):
+                    return
+                if request.get("do") == "ping":
+                    _send_line(connection, {"unix_time": time.time()})
+                elif request.get("do") == "sink":
+                    _send_line(connection, {"rate_bytes_per_s": _swallow(connection)})
+            except (OSError, ValueError, AttributeError):
+                # Whoever broke off learns it on his own side.
+                return
+
+
+def _swallow(connection: socket.socket) -> float:
+    """Reads to the end; the rate of the link in bytes per second."""
+    buffer = bytearray(1 << 18)
+    arrivals: list[tuple[float, int]] = []
+    while received := connection.recv_into(buffer):
+        arrivals.append((time.monotonic(), received))
+    return window_rate(arrivals)
+
+
+def window_rate(arrivals: Sequence[tuple[float, int]]) -> float:
+    """The rate that was reached in the better windows after the warm-up, from (time, bytes) of each arrival.
+
+    A busy machine stops sender or receiver for some milliseconds now and then; that says nothing about the link, while a
+    slow link is slow in every window. So the upper quartile of short windows is taken, not the mean.
+    """
+    if not arrivals:
+        return 0.0
+    start, end = arrivals[0][0] + WARM_UP_S, arrivals[-1][0]
+    num_windows = int((end - start) / WINDOW_S)
+    if num_windows < 2:
+        # Too little arrived to cut it up: the mean of what there is.
+        elapsed = end - arrivals[0][0]
+        return sum(size for _, size in arrivals[1:]) / elapsed if elapsed > 0 else 0.0
+    windows = [0] * num_windows
+    for moment, size in arrivals:
+        position = int((moment - start) / WINDOW_S)
+        if moment >= start and position < num_windows:
+            windows[position] += size
+    return sorted(windows)[(3 * num_windows) // 4] / WINDOW_S
+
+
+def _send_line(connection: socket.socket, message: dict[str, Any]) -> None:
+    connection.sendall(json.dumps(message).encode() + b"\n")
+
+
+def _read_line(connection: socket.socket) -> Any:
+    line = bytearray()
+    while not line.endswith(b"\n"):
+        # Byte by byte: what follows the line is payload.
+        part = connection.recv(1)
+        if not part or len(line) > 4096:
+            raise ValueError("the peer closed the connection")
+        line += part
+    return json.loads(line)
+
+
+def _at_once(calls: Sequence[tuple[Any, tuple[Any, ...]]]) -> list[Any]:
+    """Runs the calls in threads, so that the slowest decides how long it takes; results in order."""
+    results: list[Any] = [None] * len(calls)
+
+    def run(position: int) -> None:
+        function, arguments = calls[position]
+        results[position] = function(*arguments)
+
+    threads = [threading.Thread(target=run, args=(position,)) for position in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+def main(argv: Sequence[str]) -> int:
+    """Serves one peer: prints its endpoint, then answers one JSON line for each JSON line; ends with its input."""
+    if len(argv) != 1:
+        print("usage: python -m launcher.fabric.peer ADDRESS", file=sys.stderr)
+        return 64
+    try:
+        peer = LocalPeer(argv[0])
+    except OSError as error:
+        print(f"cannot listen on {argv[0]}: {error}", file=sys.stderr)
+        return 1
+    try:
+        print(json.dumps(asdict(peer.endpoint())), flush=True)
+        for line in sys.stdin:
+            print(json.dumps(_serve_call(peer, json.loads(line))), flush=True)
+    finally:
+        peer.close()
+    return 0
+
+
+def _serve_call(peer: LocalPeer, request: dict[str, Any]) -> Any:
+    targets = [Endpoint(**target) for target in request["targets"]]
+    if request["call"] == "connect":
+        return [asdict(item) for item in peer.connect(targets, request["timeout_s"])]
+    if request["call"] == "datagrams":
+        return [asdict(item) for item in peer.datagrams(targets, request["timeout_s"])]
+    if request["call"] == "transfer":
+        return peer.transfer(targets[0], request["seconds"])
+    raise ValueError(f"unknown call {request['call']!r}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
