@@ -44,6 +44,12 @@ NUM_WORDS = 1 << 24
 
 HEARTBEAT_S = 0.5
 
+MAX_HEADS_AT_ONCE = 64
+"""A window of an announced order may name thousands of objects; asking for all at once is how 503s begin."""
+
+MAX_HEADS = 16_384
+"""How many answers to HEAD are kept before those that have expired are thrown out."""
+
 HEAD_RETRY = RetryPolicy(max_attempts=5, base_s=0.1, cap_s=2.0)
 
 
@@ -72,6 +78,7 @@ class Control:
         self._latest: dict[str, ObjectId] = {}
         self._generations: dict[tuple[str, str], ObjectId] = {}
         self._rng = random.Random()
+        self._head_slots = asyncio.Semaphore(MAX_HEADS_AT_ONCE)
 
     # -- life --
 
@@ -198,6 +205,9 @@ class Control:
     async def _head(self, url: str) -> ObjectId:
         """HEAD, shared by all who ask within the time to live. When the origin is away the generation seen last serves on."""
         now = time.monotonic()
+        if len(self._heads) > MAX_HEADS:
+            ttl_s = self.config.metadata_ttl_s
+            self._heads = {u: (s, t) for u, (s, t) in self._heads.items() if not t.done() or now - s < ttl_s}
         cached = self._heads.get(url)
         if cached is not None and (not cached[1].done() or now - cached[0] < self.config.metadata_ttl_s):
             task = cached[1]
@@ -222,13 +232,17 @@ class Control:
         return object_id
 
     def _remember(self, object_id: ObjectId) -> None:
+        if len(self._generations) > 2 * self.residency.num_objects + 1000:
+            # What the machine has forgotten (closed everywhere, nothing on disk) need not be remembered here.
+            is_known = self.residency.is_known
+            self._generations = {key: oid for key, oid in self._generations.items() if is_known(oid.content_id)}
+            self._latest = {url: oid for url, oid in self._latest.items() if is_known(oid.content_id)}
         self._latest[object_id.url] = object_id
-        if len(self._generations) > 2 * len(self._latest) + 1000:
-            self._generations = {k: v for k, v in self._generations.items() if self.residency.is_known(v.content_id)}
         self._generations[object_id.url, object_id.etag] = object_id
 
     async def _head_origin(self, url: str) -> ObjectId:
-        frame = await self._with_retry(lambda: self.pool.request({"op": "head", "url": url}))
+        async with self._head_slots:
+            frame = await self._with_retry(lambda: self.pool.request({"op": "head", "url": url}))
         info = frame.header["info"]
         return ObjectId(info["url"], info["etag"], info["size_bytes"])
 

@@ -45,6 +45,8 @@ MAX_HINTS = 65_536
 COOLING_S = 5.0
 """A block that could not be fetched is not prefetched again for this long; a reader that asks for it still makes us try."""
 
+MAX_COOLING = 4096
+
 DISK_PAUSE_S = 5.0
 """After the disk refused a new file no other is tried for this long: readers are sent to the origin at once."""
 
@@ -227,6 +229,10 @@ class Residency:
 
     def objects(self) -> Iterator[ObjectId]:
         return (obj.object_id for obj in self._objects.values())
+
+    @property
+    def num_objects(self) -> int:
+        return len(self._objects)
 
     @property
     def num_extents(self) -> int:
@@ -416,6 +422,9 @@ class Residency:
         if delay_s is None:
             self.counters.failed_blocks += 1
             self._cooling_until_s[key] = self._now + COOLING_S
+            if len(self._cooling_until_s) > MAX_COOLING:
+                cooling = self._cooling_until_s
+                self._cooling_until_s = {key: until_s for key, until_s in cooling.items() if until_s > self._now}
             self._fail_block(key, event.error)
         else:
             self.counters.retries += 1
