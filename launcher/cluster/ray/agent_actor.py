@@ -1,4 +1,4 @@
-"""The node's side: a NodeAgent inside a Ray actor. Knows Ray only by being called from it.
+"""The node's side: an agent's host process, spoken to from inside a Ray actor. Knows Ray only by being called from it.
 
 Events leave by long-poll (`poll_events`), shown output by a second one (`poll_outputs`), each in a concurrency group of its own, so
 neither waits for the other and both do not wait for commands. Output never goes through Ray's own log forwarding, which folds
@@ -7,9 +7,12 @@ equal lines (ray#37873).
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import socket
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -17,11 +20,13 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
+from launcher.errors import NodeError
 from launcher.gang.events import AttemptPlan, Event, LogChunk, Notice, Output
 from launcher.gang.world import NodeInfo
-from launcher.node.agent import NodeAgent
 from launcher.spec import JobSpec
 
 EVENT_GROUP = "events"
@@ -32,6 +37,8 @@ MAX_HELD_BYTES = 4 * 1024 * 1024
 LEASE_S = 20.0
 """An agent that nobody polls for so long ends its ranks and itself: the launcher is dead or cannot be reached, and its half of the
 gang may be running again elsewhere. Twice the launcher's own patience (`remote_node.SILENCE_S`), so that it gives up first."""
+CLOSE_S = 10.0
+"""Longer than an agent takes to close; then its process is killed, and the guardians end the rest."""
 
 
 @dataclass(frozen=True)
@@ -49,54 +56,58 @@ class AgentActor:
     """Created by the launcher on its bundle. All methods are called by Ray."""
 
     def __init__(self) -> None:
-        self._agent: NodeAgent | None = None
+        self._host: subprocess.Popen[bytes] | None = None
+        self._control: Connection | None = None
         self._changed = threading.Condition()
         self._events: deque[Event] = deque()
         self._outputs: deque[Output] = deque()
         self._num_held_bytes = 0
+        self._is_gone = False
         self._last_poll_s = time.monotonic()
 
     def hello(self, cwd: str, use_own_cwd: bool) -> Hello:
         """Who is here. `use_own_cwd`: Ray has put the job's files where this process runs (`runtime_env` with a working directory)."""
         chosen = os.getcwd() if use_own_cwd else cwd
-        return Hello(
-            installed_version(),
-            platform.python_version(),
-            socket.gethostname(),
-            chosen if Path(chosen).is_dir() else None,
-        )
+        there = chosen if Path(chosen).is_dir() else None
+        return Hello(installed_version(), platform.python_version(), socket.gethostname(), there)
 
     def begin(self, node: NodeInfo, spec: JobSpec, run_dir: str, cwd: str) -> None:
-        """Starts the agent."""
+        """Starts the agent's host process and the agent in it."""
         made, notice = _make_run_dir(run_dir)
         if notice:
             self._put_event(Notice(notice, node.node_id))
         base_env = user_environment(os.environ, _initial_environment())
-        self._agent = NodeAgent(node, replace(spec, cwd=cwd), made, base_env, self._put_event, self._put_output)
+        self._start_host(base_env)
+        self._send("begin", node, replace(spec, cwd=cwd), made, base_env)
         self._last_poll_s = time.monotonic()
         threading.Thread(target=self._watch_lease, name="lease", daemon=True).start()
 
     def open_store(self, attempt: int) -> None:
-        if self._agent:
-            self._agent.open_store(attempt)
+        self._send("open_store", attempt)
 
     def start_ranks(self, plan: AttemptPlan) -> None:
-        if self._agent:
-            self._agent.start_ranks(plan)
+        self._send("start_ranks", plan)
 
     def stop_attempt(self, attempt: int, grace_s: float) -> None:
-        if self._agent:
-            self._agent.stop_attempt(attempt, grace_s)
+        self._send("stop_attempt", attempt, grace_s)
 
     def close(self) -> None:
-        if self._agent:
-            self._agent.close()
+        """Ends everything on this node; blocks until it is done."""
+        self._send("close")
+        if self._host is not None:
+            try:
+                self._host.wait(CLOSE_S)
+            except subprocess.TimeoutExpired:
+                self._host.kill()
+                self._host.wait()
 
     def poll_events(self, timeout_s: float) -> list[Event]:
-        """Events so far; empty after `timeout_s`: the heartbeat."""
+        """Events so far; empty after `timeout_s`: the heartbeat. Raises NodeError when the agent is gone and has nothing left to say."""
         with self._changed:
             self._last_poll_s = time.monotonic()
-            self._changed.wait_for(lambda: self._events, timeout_s)
+            self._changed.wait_for(lambda: self._events or self._is_gone, timeout_s)
+            if self._is_gone and not self._events:
+                raise NodeError(f"the agent's process on {socket.gethostname()} has ended")
             batch = list(self._events)
             self._events.clear()
             return batch
@@ -111,18 +122,48 @@ class AgentActor:
             self._changed.notify_all()
             return batch
 
+    def _start_host(self, base_env: Mapping[str, str]) -> None:
+        control, theirs = socket.socketpair()
+        outputs, their_outputs = socket.socketpair()
+        fds = (theirs.fileno(), their_outputs.fileno())
+        # -P: the directory in which Ray runs may hold a module that is called like one of ours
+        command = [sys.executable, "-P", "-m", "launcher.node.agent_host", *map(str, fds)]
+        with theirs, their_outputs:
+            self._host = subprocess.Popen(
+                command, pass_fds=fds, env=base_env, stdin=subprocess.DEVNULL, start_new_session=True
+            )
+        self._control = Connection(control.detach())
+        for target, fd in ((self._read_events, self._control), (self._read_outputs, Connection(outputs.detach()))):
+            threading.Thread(target=target, args=(fd,), name=target.__name__, daemon=True).start()
+
+    def _send(self, name: str, *args: Any) -> None:
+        if self._control is not None:
+            with contextlib.suppress(OSError):  # the process is gone, and the reading thread says so
+                self._control.send((name, args))
+
+    def _read_events(self, control: Connection) -> None:
+        with contextlib.suppress(EOFError, OSError):
+            while True:
+                self._put_event(control.recv())
+        with self._changed:
+            self._is_gone = True
+            self._changed.notify_all()
+
     def _put_event(self, event: Event) -> None:
         with self._changed:
             self._events.append(event)
             self._changed.notify_all()
 
-    def _put_output(self, output: Output) -> None:
-        with self._changed:
-            self._changed.wait_for(lambda: self._num_held_bytes < MAX_HELD_BYTES)
-            self._outputs.append(output)
-            if isinstance(output, LogChunk):
-                self._num_held_bytes += len(output.data)
-            self._changed.notify_all()
+    def _read_outputs(self, outputs: Connection) -> None:
+        with contextlib.suppress(EOFError, OSError):
+            while True:
+                output = outputs.recv()
+                with self._changed:
+                    self._changed.wait_for(lambda: self._num_held_bytes < MAX_HELD_BYTES)
+                    self._outputs.append(output)
+                    if isinstance(output, LogChunk):
+                        self._num_held_bytes += len(output.data)
+                    self._changed.notify_all()
 
     def _watch_lease(self) -> None:
         while time.monotonic() - self._last_poll_s < LEASE_S:
@@ -142,10 +183,8 @@ def _make_run_dir(run_dir: str) -> tuple[str, str]:
         os.makedirs(run_dir, exist_ok=True)
     except OSError as error:
         other = tempfile.mkdtemp(prefix="railhead-run-")
-        return (
-            other,
-            f"{run_dir} cannot be made on {socket.gethostname()} ({error.strerror}); logs of its ranks are there in {other}",
-        )
+        where = socket.gethostname()
+        return other, f"{run_dir} cannot be made on {where} ({error.strerror}); logs of its ranks are there in {other}"
     return run_dir, ""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import time
 from dataclasses import replace
@@ -60,7 +61,8 @@ class RayCluster:
         return replace(spec, nproc_per_node=num_procs, resources=resources)
 
     def open(self, spec: JobSpec, run_dir: str, sink: EventSink) -> None:
-        self._spec, self._run_dir, self._sink = spec, run_dir, sink
+        # The actors have another working directory than we.
+        self._spec, self._run_dir, self._sink = spec, os.path.abspath(run_dir), sink
 
     def acquire(self, keep: tuple[str, ...]) -> None:
         self._acquiring = threading.Thread(target=self._acquire, args=(keep,), name="acquire", daemon=True)

@@ -1,0 +1,85 @@
+"""A NodeAgent in a process of its own, for a parent that is no place for one (a Ray worker), spoken to over two sockets.
+
+`python -P -m launcher.node.agent_host CONTROL_FD OUTPUT_FD`. Why not in the Ray worker itself: when a worker exits, Ray sends SIGKILL
+to the worker's children. Those would be our guardians, and at the same moment the agent to which they leave their wards is gone, so
+what ranks had started lived on (seen with Ray 2.60). Here Ray kills this process, and the guardians see that and end everything. Forking
+is also better done in a process without gRPC's threads.
+
+Control: pickled commands come in, pickled events go out. Output: pickled LogChunks go out; when nobody reads them the socket fills, and
+the agent stops reading the ranks' files. The end of the control socket means that the parent is gone: everything is ended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Mapping
+from multiprocessing.connection import Connection
+from typing import Any
+
+from launcher.gang.events import Event, Output
+from launcher.gang.world import NodeInfo
+from launcher.node.agent import NodeAgent
+from launcher.spec import JobSpec
+
+Command = tuple[str, tuple[Any, ...]]
+"""Name of a method of AgentHost, and its arguments."""
+
+
+class AgentHost:
+    """Serves one agent until it is told to close or the parent is gone."""
+
+    def __init__(self, control: Connection, outputs: Connection) -> None:
+        self._control = control
+        self._outputs = outputs
+        self._lock = threading.Lock()
+        self._agent: NodeAgent | None = None
+
+    def serve(self) -> None:
+        """Carries out commands until the end."""
+        try:
+            while True:
+                name, args = self._control.recv()
+                if name == "close":
+                    return
+                if name == "begin":
+                    self._begin(*args)
+                elif self._agent is not None:
+                    getattr(self._agent, name)(*args)
+        except (EOFError, OSError):
+            return  # the parent is gone
+        finally:
+            if self._agent is not None:
+                self._agent.close()
+
+    def _begin(self, node: NodeInfo, spec: JobSpec, run_dir: str, base_env: Mapping[str, str]) -> None:
+        self._agent = NodeAgent(node, spec, run_dir, base_env, self._send_event, self._send_output)
+
+    def _send_event(self, event: Event) -> None:
+        # The parent reads events at once into a queue of its own, so this does not block for long.
+        with self._lock:
+            _send(self._control, event)
+
+    def _send_output(self, output: Output) -> None:
+        _send(self._outputs, output)
+
+
+def _send(connection: Connection, message: object) -> None:
+    with contextlib.suppress(OSError):  # nobody listens any more; `serve` learns it too
+        connection.send(message)
+
+
+def main() -> None:
+    # The parent says when to stop; a Ctrl-C in a terminal that started the node is not meant for us.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    host = AgentHost(Connection(int(sys.argv[1])), Connection(int(sys.argv[2])))
+    host.serve()
+    # Threads that still wait for a reader of output would keep us.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
