@@ -1,0 +1,462 @@
+"""The gang's machine against a world that does whatever hypothesis likes: nodes die, ranks fail, signals come, news is late."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from launcher.errors import EXIT_NODE_LOST, EXIT_REFUSED, InvalidTransition
+from launcher.gang import machine
+from launcher.gang.events import (
+    AcquireNodes,
+    Action,
+    AttemptEnded,
+    AttemptPlan,
+    ExceptionRecord,
+    ExitStatus,
+    Fact,
+    Finish,
+    NodeFailed,
+    NodeLost,
+    NodesReady,
+    OpenStore,
+    PlacementRefused,
+    RankExited,
+    RanksStarted,
+    ReportCollateral,
+    ReportFailure,
+    StartRanks,
+    StopAttempt,
+    StopRequested,
+    StoreAddress,
+    StoreOpened,
+    Tick,
+)
+from launcher.gang.machine import BackingOff, Ended, OpeningStore, Placing, Rules, Running, State, Stopping
+from launcher.gang.world import NodeInfo, World
+from launcher.spec import RestartBudget
+
+SIGTERM, SIGKILL, SIGINT = 15, 9, 2
+
+
+def node(name: str, num_ranks: int = 2) -> NodeInfo:
+    return NodeInfo(name, f"host-{name}", f"10.0.0.{name}", num_ranks)
+
+
+def rank_exited(plan: AttemptPlan, rank: int, status: ExitStatus, at_s: float = 0.0, **more: object) -> RankExited:
+    member = plan.world.member(rank)
+    return RankExited(plan.attempt, member.node.node_id, rank, member.local_rank, 1, status, at_s, **more)  # type: ignore[arg-type]
+
+
+@dataclass
+class Outside:
+    """The world outside as the machine's promises see it: what runs where, what it was told, what it may say next."""
+
+    draw: Callable[[st.SearchStrategy], object]
+    num_ranks: int
+    state: State
+    now: float = 0.0
+    num_made: int = 0
+    held: dict[str, NodeInfo] = field(default_factory=dict)
+    asked_for_nodes: bool = False
+    asked_for_store: tuple[int, str] | None = None
+    alive: dict[str, set[int]] = field(default_factory=dict)
+    running: dict[str, int] = field(default_factory=dict)
+    """Attempt that each node has not ended."""
+    told_to_stop: dict[str, int] = field(default_factory=dict)
+    plan: AttemptPlan | None = None
+    good_ranks: set[int] = field(default_factory=set)
+    old_facts: list[Fact] = field(default_factory=list)
+    was_cut_short: bool = False
+    """A signal came or a node was lost before every rank had ended with 0."""
+
+    def perform(self, actions: object) -> None:
+        for action in actions:  # type: ignore[attr-defined]
+            self._perform(action)
+
+    def _perform(self, action: Action) -> None:
+        match action:
+            case AcquireNodes(keep=keep):
+                assert not self.running, "nodes are asked for while an attempt is alive"
+                self.held = {node_id: info for node_id, info in self.held.items() if node_id in keep}
+                self.asked_for_nodes = True
+            case OpenStore(attempt=attempt, node_id=node_id):
+                assert not self.running, "an attempt begins while another is alive"
+                assert node_id in self.held
+                self.asked_for_store = (attempt, node_id)
+                self.running = dict.fromkeys(self.held, attempt)
+                self.told_to_stop, self.good_ranks, self.was_cut_short = {}, set(), False
+            case StartRanks(plan=plan):
+                assert set(plan.world.node_ids()) == set(self.running), "a partial gang is started"
+                assert set(self.running.values()) == {plan.attempt}, "two attempts are alive"
+                assert not any(self.alive.values())
+                self.plan = plan
+                self.alive = {n: {m.rank for m in plan.world.members_of(n)} for n in plan.world.node_ids()}
+            case StopAttempt(attempt=attempt, node_id=node_id):
+                self.told_to_stop[node_id] = attempt
+            case Finish(exit_code=exit_code):
+                assert not self.running, "the job ends while an attempt is alive"
+                if exit_code == 0:
+                    assert self.all_good, "0 is said although not every rank ended with 0"
+                else:
+                    assert self.was_cut_short or not self.all_good, "every rank ended with 0, and it is not said"
+
+    @property
+    def all_good(self) -> bool:
+        return self.plan is not None and len(self.good_ranks) == self.plan.world.world_size
+
+    def feed(self, fact: Fact) -> None:
+        self.now += 0.01
+        self.old_facts.append(fact)
+        if isinstance(fact, StopRequested | NodeLost) and not self.all_good:
+            self.was_cut_short = True
+        self.state, actions = machine.step(self.state, fact, self.now)
+        self.perform(actions)
+
+    def possible(self) -> list[Callable[[], Fact]]:
+        """What may happen now."""
+        found: list[Callable[[], Fact]] = [lambda: StopRequested(SIGINT), lambda: StopRequested(SIGTERM), Tick]
+        if self.old_facts:
+            found.append(lambda: self._stale())
+        if self.asked_for_nodes:
+            found += [self.nodes_ready, lambda: PlacementRefused("no room")]
+        if self.asked_for_store and self.asked_for_store[1] in self.running:
+            found += [self.store_opened, self.store_failed]
+        if any(self.alive.values()):
+            found += [self.rank_exits_well] * 4 + [self.rank_exits_badly]
+        if any(node_id in self.told_to_stop and not self.alive.get(node_id) for node_id in self.running):
+            found += [self.attempt_ended] * 3
+        if self.held and not self.asked_for_nodes:
+            found.append(self.node_lost)
+        return found
+
+    def _stale(self) -> Fact:
+        fact = self.draw(st.sampled_from(self.old_facts))
+        attempt = getattr(fact, "attempt", None)
+        if attempt is None or attempt >= self.state.history.attempt:
+            return Tick()
+        return fact  # type: ignore[return-value]
+
+    def nodes_ready(self) -> Fact:
+        while len(self.held) < 2:
+            self.num_made += 1
+            self.held[f"n{self.num_made}"] = node(f"n{self.num_made}", self.num_ranks)
+        self.asked_for_nodes = False
+        return NodesReady(tuple(self.held.values()))
+
+    def store_opened(self) -> Fact:
+        assert self.asked_for_store
+        attempt, node_id = self.asked_for_store
+        self.asked_for_store = None
+        return StoreOpened(attempt, node_id, StoreAddress("10.0.0.1", 1234))
+
+    def store_failed(self) -> Fact:
+        assert self.asked_for_store
+        attempt, node_id = self.asked_for_store
+        self.asked_for_store = None
+        return NodeFailed(attempt, node_id, "port taken", self.now)
+
+    def _pick_alive(self) -> tuple[str, int]:
+        node_id = self.draw(st.sampled_from(sorted(n for n, ranks in self.alive.items() if ranks)))
+        rank = self.draw(st.sampled_from(sorted(self.alive[node_id])))  # type: ignore[index]
+        self.alive[node_id].discard(rank)  # type: ignore[index, arg-type]
+        return node_id, rank  # type: ignore[return-value]
+
+    def rank_exits_well(self) -> Fact:
+        _, rank = self._pick_alive()
+        self.good_ranks.add(rank)
+        assert self.plan
+        return rank_exited(self.plan, rank, ExitStatus(code=0), self.now)
+
+    def rank_exits_badly(self) -> Fact:
+        _, rank = self._pick_alive()
+        statuses = [ExitStatus(code=1), ExitStatus(code=255), ExitStatus(signum=9), ExitStatus(signum=15)]
+        status = self.draw(st.sampled_from(statuses))
+        assert self.plan
+        return rank_exited(self.plan, rank, status, self.now - self.draw(st.floats(0, 1)))  # type: ignore[arg-type, operator]
+
+    def attempt_ended(self) -> Fact:
+        ready = [n for n in self.running if n in self.told_to_stop and not self.alive.get(n)]
+        node_id = self.draw(st.sampled_from(sorted(ready)))
+        attempt = self.running.pop(node_id)  # type: ignore[call-overload]
+        if self.asked_for_store and self.asked_for_store[1] == node_id:
+            self.asked_for_store = None
+        return AttemptEnded(attempt, node_id)  # type: ignore[arg-type]
+
+    def node_lost(self) -> Fact:
+        node_id = self.draw(st.sampled_from(sorted(self.held)))
+        del self.held[node_id]  # type: ignore[arg-type]
+        self.running.pop(node_id, None)  # type: ignore[call-overload]
+        self.alive.pop(node_id, None)  # type: ignore[call-overload]
+        return NodeLost(node_id, "gone", self.now)  # type: ignore[arg-type]
+
+    def settle(self) -> None:
+        """From now on everybody answers and nothing goes wrong any more, except that ranks that run forever are asked to stop."""
+        for _ in range(200):
+            if isinstance(self.state, Ended):
+                return
+            self.now = max(self.now, machine.deadline_s(self.state) or 0.0)
+            if self.asked_for_nodes:
+                self.feed(self.nodes_ready())
+            elif self.asked_for_store and self.asked_for_store[1] in self.running:
+                self.feed(self.store_opened())
+            elif any(self.alive.values()):
+                self.feed(self.rank_exits_well())
+            elif any(n in self.told_to_stop and not self.alive.get(n) for n in self.running):
+                self.feed(self.attempt_ended())
+            else:
+                self.feed(Tick())
+        raise AssertionError(f"no end in sight: {self.state}")
+
+
+@given(st.data(), st.integers(1, 3), st.integers(0, 3), st.integers(0, 60))
+@settings(max_examples=400, deadline=None)
+def test_whatever_happens_no_partial_gang_no_two_attempts_and_a_true_end(
+    data: st.DataObject, num_ranks: int, max_restarts: int, num_steps: int
+) -> None:
+    """Checked at every action by Outside: a gang is whole, alone, and 0 is said if and only if every rank ended with 0."""
+    rules = Rules(RestartBudget(max_restarts), grace_s=5.0)
+    state, actions = machine.begin(rules)
+    outside = Outside(data.draw, num_ranks, state)
+    outside.perform(actions)
+    for _ in range(num_steps):
+        if isinstance(outside.state, Ended):
+            break
+        outside.feed(data.draw(st.sampled_from(outside.possible()))())
+    outside.settle()
+    assert isinstance(outside.state, Ended)
+    assert outside.state.history.attempt <= max_restarts
+
+
+class Scene:
+    """A machine of two nodes with two ranks each, moved by hand."""
+
+    def __init__(self, max_restarts: int = 0, grace_s: float = 30.0) -> None:
+        self.now = 100.0
+        self.state, self.actions = machine.begin(Rules(RestartBudget(max_restarts), grace_s))
+
+    def feed(self, *facts: Fact) -> list[Action]:
+        for fact in facts:
+            self.state, self.actions = machine.step(self.state, fact, self.now)
+        return list(self.actions)
+
+    def run(self, attempt: int = 0) -> AttemptPlan:
+        if isinstance(self.state, Placing):
+            self.feed(NodesReady((node("0"), node("1"))))
+        actions = self.feed(StoreOpened(attempt, "0", StoreAddress("10.0.0.0", 1000 + attempt)))
+        plan = next(action.plan for action in actions if isinstance(action, StartRanks))
+        self.feed(RanksStarted(attempt, "0", (1, 2), 0.0), RanksStarted(attempt, "1", (3, 4), 0.0))
+        return plan
+
+    def end_attempt(self, attempt: int = 0) -> list[Action]:
+        return self.feed(AttemptEnded(attempt, "0"), AttemptEnded(attempt, "1"))
+
+    def only(self, kind: type) -> object:
+        found = [action for action in self.actions if isinstance(action, kind)]
+        assert len(found) == 1, self.actions
+        return found[0]
+
+
+def test_success_of_all_ranks_ends_with_zero() -> None:
+    scene = Scene()
+    plan = scene.run()
+    for rank in range(4):
+        assert isinstance(scene.state, Running)
+        scene.feed(rank_exited(plan, rank, ExitStatus(code=0)))
+    assert [a.grace_s for a in scene.actions if isinstance(a, StopAttempt)] == [0.0, 0.0]
+    assert scene.end_attempt() == [Finish(0, "every rank ended with 0")]
+
+
+@pytest.mark.parametrize(("status", "exit_code"), [(ExitStatus(code=3), 3), (ExitStatus(signum=11), 139)])
+def test_the_exit_code_is_that_of_the_rank_that_failed(status: ExitStatus, exit_code: int) -> None:
+    scene = Scene()
+    plan = scene.run()
+    actions = scene.feed(rank_exited(plan, 2, status))
+    assert isinstance(actions[0], ReportFailure), "the failure is told before anything else"
+    assert {(a.node_id, a.grace_s) for a in actions if isinstance(a, StopAttempt)} == {("0", 30.0), ("1", 30.0)}
+    scene.feed(rank_exited(plan, 0, ExitStatus(signum=SIGTERM)), rank_exited(plan, 1, ExitStatus(code=77)))
+    scene.end_attempt()
+    assert scene.only(Finish).exit_code == exit_code  # type: ignore[attr-defined]
+
+
+def test_the_root_cause_is_the_earliest_exception_not_the_first_to_be_told() -> None:
+    """Rank 0 dies of "connection closed by peer" while rank 3, which closed it, is still writing its traceback."""
+    scene = Scene()
+    plan = scene.run()
+    peer_lost = ExceptionRecord("RuntimeError", "Connection closed by peer", "…", at_s=50.002)
+    cause = ExceptionRecord("ValueError", "it broke", "…", at_s=50.000)
+    scene.feed(rank_exited(plan, 0, ExitStatus(code=1), at_s=50.01, exception=peer_lost))
+    scene.feed(rank_exited(plan, 3, ExitStatus(code=4), at_s=50.02, exception=cause))
+    scene.end_attempt()
+    report = scene.only(ReportCollateral)
+    assert (report.root.rank, report.is_new_root) == (3, True)  # type: ignore[attr-defined]
+    assert [failure.rank for failure in report.collateral] == [0]  # type: ignore[attr-defined]
+    assert scene.only(Finish).exit_code == 4  # type: ignore[attr-defined]
+
+
+def test_a_rank_that_we_stopped_is_never_the_root_cause_even_if_its_clock_is_behind() -> None:
+    scene = Scene()
+    plan = scene.run()
+    scene.feed(rank_exited(plan, 0, ExitStatus(code=5), at_s=50.0))
+    scene.feed(rank_exited(plan, 2, ExitStatus(signum=SIGTERM), at_s=10.0))
+    scene.end_attempt()
+    assert scene.only(Finish).exit_code == 5  # type: ignore[attr-defined]
+
+
+def test_a_restart_waits_for_every_node_and_starts_a_fresh_store_for_all_ranks() -> None:
+    scene = Scene(max_restarts=1)
+    plan = scene.run()
+    scene.feed(rank_exited(plan, 1, ExitStatus(code=1)))
+    scene.feed(AttemptEnded(0, "0"))
+    assert isinstance(scene.state, Stopping), "node 1 may still have ranks"
+    scene.feed(AttemptEnded(0, "1"))
+    assert scene.only(OpenStore) == OpenStore(1, "0")
+    again = scene.run(attempt=1)
+    assert (again.attempt, again.world) == (1, plan.world)
+    assert again.store != plan.store
+
+
+def test_ranks_fail_until_the_budget_is_spent() -> None:
+    scene = Scene(max_restarts=2)
+    for attempt in range(3):
+        scene.now += 100
+        plan = scene.run(attempt)
+        scene.now += 100
+        scene.feed(rank_exited(plan, 0, ExitStatus(code=9)))
+        scene.end_attempt(attempt)
+    assert scene.only(Finish) == Finish(9, "no restart left: --max-restarts 2 are spent")
+
+
+def test_attempts_that_fail_at_once_wait_longer_and_longer() -> None:
+    scene = Scene(max_restarts=10)
+    delays = []
+    for attempt in range(4):
+        plan = scene.run(attempt)
+        scene.feed(rank_exited(plan, 0, ExitStatus(code=1)))
+        scene.end_attempt(attempt)
+        if isinstance(scene.state, BackingOff):
+            delays.append(scene.state.deadline_s - scene.now)
+            assert scene.feed(Tick()) == [], "a tick before the time does nothing"
+            scene.now = scene.state.deadline_s
+            scene.feed(Tick())
+        assert isinstance(scene.state, OpeningStore)
+    assert delays == [0.5, 1.0, 2.0]
+
+
+def test_an_interrupt_stops_with_grace_and_a_second_one_kills() -> None:
+    scene = Scene(max_restarts=3)
+    plan = scene.run()
+    graces = [action.grace_s for action in scene.feed(StopRequested(SIGINT)) if isinstance(action, StopAttempt)]
+    assert graces == [30.0, 30.0]
+    graces = [action.grace_s for action in scene.feed(StopRequested(SIGINT)) if isinstance(action, StopAttempt)]
+    assert graces == [0.0, 0.0]
+    for rank in range(4):
+        scene.feed(rank_exited(plan, rank, ExitStatus(signum=SIGKILL)))
+    scene.end_attempt()
+    assert scene.only(Finish) == Finish(130, "stopped by SIGINT")
+
+
+def test_sigterm_is_143_even_if_every_rank_then_ends_with_zero() -> None:
+    """Training that was cut short and saved its checkpoint is not training that is done."""
+    scene = Scene()
+    plan = scene.run()
+    scene.feed(StopRequested(SIGTERM))
+    for rank in range(4):
+        scene.feed(rank_exited(plan, rank, ExitStatus(code=0)))
+    scene.end_attempt()
+    assert scene.only(Finish).exit_code == 143  # type: ignore[attr-defined]
+
+
+def test_a_signal_while_a_failure_is_being_cleaned_up_means_no_restart() -> None:
+    scene = Scene(max_restarts=5)
+    plan = scene.run()
+    scene.feed(rank_exited(plan, 1, ExitStatus(code=6)), StopRequested(SIGTERM))
+    scene.end_attempt()
+    assert scene.only(Finish) == Finish(6, "no restart: SIGTERM was sent to the launcher")
+
+
+def test_a_lost_node_is_replaced_and_the_survivor_keeps_its_ranks() -> None:
+    scene = Scene(max_restarts=1)
+    scene.run()
+    scene.feed(NodeLost("0", "gone", 1.0))
+    scene.feed(AttemptEnded(0, "1"))
+    assert scene.only(AcquireNodes) == AcquireNodes(keep=("1",))
+    scene.feed(NodesReady((node("1"), node("2"))))
+    world = scene.state.history.world
+    assert world is not None
+    assert world.node_ids() == ("2", "1"), "node 1 was node rank 1 and still is"
+
+
+def test_losing_a_node_without_a_restart_left_has_its_own_exit_code() -> None:
+    scene = Scene()
+    scene.run()
+    scene.feed(NodeLost("1", "gone", 1.0), AttemptEnded(0, "0"))
+    assert scene.only(Finish).exit_code == EXIT_NODE_LOST  # type: ignore[attr-defined]
+
+
+def test_a_node_that_does_not_end_its_attempt_in_time_is_given_up() -> None:
+    """Progress or an end: a hung machine must not hold the others for ever."""
+    scene = Scene()
+    plan = scene.run()
+    scene.feed(rank_exited(plan, 0, ExitStatus(code=1)), AttemptEnded(0, "0"))
+    deadline_s = machine.deadline_s(scene.state)
+    assert deadline_s == scene.now + 30.0 + machine.STOP_MARGIN_S
+    scene.now = deadline_s
+    scene.feed(Tick())
+    assert scene.only(Finish).exit_code == 1  # type: ignore[attr-defined]
+    assert "1" in [failure.node_id for failure in scene.only(ReportCollateral).collateral]  # type: ignore[attr-defined]
+
+
+def test_a_refused_placement_starts_nothing_and_has_its_own_exit_code() -> None:
+    scene = Scene()
+    assert scene.feed(PlacementRefused("4 GPUs asked, 2 there")) == [Finish(EXIT_REFUSED, "4 GPUs asked, 2 there")]
+
+
+def test_late_news_of_an_older_attempt_changes_nothing() -> None:
+    scene = Scene(max_restarts=1)
+    plan = scene.run()
+    scene.feed(rank_exited(plan, 0, ExitStatus(code=1)))
+    scene.end_attempt()
+    scene.run(attempt=1)
+    before = scene.state
+    assert scene.feed(rank_exited(plan, 3, ExitStatus(code=1))) == []
+    assert scene.state == before
+
+
+SOME_PLAN = AttemptPlan(0, World((node("0"), node("1"))), StoreAddress("10.0.0.0", 1))
+
+
+@pytest.mark.parametrize(
+    ("steps", "fact"),
+    [
+        (0, StoreOpened(0, "0", StoreAddress("h", 1))),
+        (0, AttemptEnded(0, "0")),
+        (1, rank_exited(SOME_PLAN, 0, ExitStatus(code=0))),
+        (1, NodesReady((node("0"),))),
+        (2, AttemptEnded(0, "0")),
+        (2, StoreOpened(0, "0", StoreAddress("h", 1))),
+        (2, PlacementRefused("late")),
+        (2, rank_exited(AttemptPlan(7, SOME_PLAN.world, SOME_PLAN.store), 0, ExitStatus(code=0))),
+    ],
+)
+def test_an_event_that_makes_no_sense_changes_nothing_and_tells_the_story(steps: int, fact: Fact) -> None:
+    scene = Scene()
+    path: list[Fact] = [NodesReady((node("0"), node("1"))), StoreOpened(0, "0", StoreAddress("10.0.0.0", 1))]
+    scene.feed(*path[:steps])
+    before = scene.state
+    with pytest.raises(InvalidTransition) as caught:
+        scene.feed(fact)
+    assert scene.state == before
+    assert type(fact).__name__ in caught.value.message
+    for told in path[:steps]:
+        assert type(told).__name__ in caught.value.message, "the story so far is missing"
+
+
+def test_every_transition_of_the_table_names_states_that_exist_and_only_ended_is_final() -> None:
+    final = [state for state, successors in machine.TRANSITIONS.items() if not successors]
+    assert final == [Ended]
+    assert {s for successors in machine.TRANSITIONS.values() for s in successors} <= set(machine.TRANSITIONS)
