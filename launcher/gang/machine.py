@@ -83,9 +83,10 @@ class Placing:
             case NodesReady(nodes=nodes):
                 world = arrange(nodes, self.history.world)
                 return _open_store(replace(self.history, world=world), now)
-            case PlacementRefused(reason=reason):
+            case PlacementRefused(reason=reason, advice=advice):
                 root = self.history.last_root
-                return _end(self.history, policy.exit_code_of(root) if root else EXIT_REFUSED, reason)
+                told = f"{reason}. {advice}" if advice else reason
+                return _end(self.history, policy.exit_code_of(root) if root else EXIT_REFUSED, told)
             case StopRequested(signum=signum):
                 decision = policy.after_interrupt(signum)
                 return _end(self.history, decision.exit_code, decision.reason)

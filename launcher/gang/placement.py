@@ -46,6 +46,8 @@ class Waiting:
     for_growth: bool
     """True: only an autoscaler can help. False: others' ending helps."""
     reason: str
+    advice: str
+    """The change and what it would do, in a sentence; empty if none helps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,7 @@ class Refusal:
     shortfall: Shortfall
     change: Change | None
     reason: str
+    advice: str
 
 
 def place(
@@ -121,7 +124,7 @@ def _waiting_for_others(request: GangRequest, nodes: Sequence[NodeOffer], num_to
         f"{describe_request(request)}: {num_total} of {len(nodes)} nodes could hold it, {num_free} can now; "
         f"{describe_shortfall(shortfall)}. Others hold the rest"
     )
-    return Waiting(shortfall, change, for_growth=False, reason=reason + _advice(change, "would fit now"))
+    return Waiting(shortfall, change, for_growth=False, reason=reason, advice=_advice(change, "would fit now"))
 
 
 def _waiting_for_growth(
@@ -134,7 +137,9 @@ def _waiting_for_growth(
         f"{describe_request(request)}: {num_total} of {len(nodes)} nodes could hold it, and the autoscaler may add {more}; "
         f"{describe_shortfall(shortfall)}"
     )
-    return Waiting(shortfall, change, for_growth=True, reason=reason + _advice(change, "would fit without more nodes"))
+    return Waiting(
+        shortfall, change, for_growth=True, reason=reason, advice=_advice(change, "would fit without more nodes")
+    )
 
 
 def _refusal(
@@ -147,10 +152,9 @@ def _refusal(
         bound = f"with all that the autoscaler may add {num_possible} node{plural(num_possible)} could hold it at most"
     reason = f"{describe_request(request)}, but {bound}; {describe_shortfall(shortfall)}"
     fits_now = change is not None and isinstance(place(change.request, nodes), Placement)
-    return Refusal(
-        shortfall, change, reason + _advice(change, "would fit now" if fits_now else "would fit once others let go")
-    )
+    claim = "would fit now" if fits_now else "would fit once others let go"
+    return Refusal(shortfall, change, reason, _advice(change, claim))
 
 
 def _advice(change: Change | None, claim: str) -> str:
-    return f". {change} {claim}" if change else ""
+    return f"{change} {claim}" if change else ""

@@ -157,8 +157,9 @@ def test_a_refusal_names_resource_asked_total_free_nearest_node_and_a_change() -
     assert isinstance(answer, Refusal)
     assert answer.reason == (
         "4 nodes × 8 ranks ask for 8 GPU and 8 CPU on each node, but 3 of 4 nodes could hold it; "
-        "the nearest node small lacks GPU: asked 8, total 6, free 2. `--nproc-per-node 6` would fit once others let go"
+        "the nearest node small lacks GPU: asked 8, total 6, free 2"
     )
+    assert answer.advice == "`--nproc-per-node 6` would fit once others let go"
 
 
 def test_too_few_nodes_are_called_nodes() -> None:
@@ -166,7 +167,7 @@ def test_too_few_nodes_are_called_nodes() -> None:
     assert isinstance(answer, Refusal)
     assert answer.shortfall.resource == "nodes"
     assert "the cluster has 3 nodes, 4 are asked" in answer.reason
-    assert "`--nnodes 3` would fit now" in answer.reason
+    assert answer.advice == "`--nnodes 3` would fit now"
 
 
 def test_busy_nodes_mean_waiting_with_what_fits_now() -> None:

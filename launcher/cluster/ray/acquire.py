@@ -102,7 +102,7 @@ class Group:
             ]
             answer = place(replace(self._request, min_nodes=missing, max_nodes=missing), free, survey.groups())
             if isinstance(answer, Refusal):
-                raise RequestRefused(f"nodes were lost and cannot be replaced: {answer.reason}")
+                raise RequestRefused(f"nodes were lost and cannot be replaced: {answer.reason}", advice=answer.advice)
             self._wait_a_little(answer, time.monotonic() - waited_s)
         return self.bundles()
 
@@ -154,7 +154,7 @@ class Group:
         answer = place(self._request, survey.offers(), survey.groups())
         self._asked_s = time.monotonic()
         if isinstance(answer, Refusal):
-            raise RequestRefused(answer.reason)
+            raise RequestRefused(answer.reason, advice=answer.advice or "`ray status` shows what the cluster has")
         return answer
 
     def _ask_every_second(self, answer: Placement | Waiting) -> Placement | Waiting:
@@ -162,9 +162,10 @@ class Group:
 
     def _wait_a_little(self, answer: Placement | Waiting | Refusal, waited_s: float) -> None:
         """Raises at the deadline; says why we wait when that changes, and now and then."""
-        reason = answer.reason
         if isinstance(answer, Placement):
-            reason = f"{reason}, and Ray has not placed it yet"
+            reason = f"{answer.reason}, and Ray has not placed it yet"
+        else:
+            reason = f"{answer.reason}. {answer.advice}".rstrip(". ")
         left_s = self._deadline_s - time.monotonic()
         if left_s <= 0:
             raise RequestRefused(
