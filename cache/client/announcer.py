@@ -78,8 +78,11 @@ class Announcer:
         num_batches = self._schedule.plan.steps_between(self._consumed, cursor)
         if self._stream is None or num_batches <= 0:
             return
+        if num_batches > len(self._visits_until):  # the reader is beyond what it was known to read
+            self.seek(cursor)
+            return
         self._consumed = cursor
-        for _ in range(min(num_batches, len(self._visits_until))):
+        for _ in range(num_batches):
             self._num_behind = self._visits_until.popleft()
         self._samples_since_told += num_batches * self._local_size
         if self._samples_since_told >= ADVANCE_SAMPLES:
