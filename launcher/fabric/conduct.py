@@ -19,6 +19,9 @@ from launcher.fabric.peer import TIMEOUT_S, Connection, DatagramOutcome, Endpoin
 
 T = TypeVar("T")
 
+DATAGRAM_S = 0.5
+"""For the answers to three tries; a round trip within a data centre takes a thousandth of it."""
+
 TRANSFER_S = 0.25
 """Per measurement: enough for TCP to reach its rate on a data-centre path."""
 
@@ -56,19 +59,22 @@ def _conduct(peers: Sequence[Peer], hosts: Sequence[str], transfer_s: float, poo
     def targets(source: int) -> list[Endpoint]:
         return [endpoints[target] for target in others[source]]
 
-    connections = _all(pool, [_call(peers[source].connect, targets(source)) for source in range(len(peers))])
+    connections = _all(pool, [_connect(peer, targets(source)) for source, peer in enumerate(peers)])
     reaches = [
         preflight.Reach(source, target, outcome.is_ok, outcome.problem, outcome.clock_offset_s)
         for source, outcomes in enumerate(connections)
         for target, outcome in zip(others[source], outcomes, strict=True)
     ]
     lost = {(item.source, item.target) for item in reaches if not item.is_ok}
-    answers = _all(pool, [_call(peers[source].datagrams, targets(source)) for source in range(len(peers))])
+    reached = [[target for target in others[source] if (source, target) not in lost] for source in range(len(peers))]
+    answers = _all(
+        pool,
+        [_datagrams(peers[source], [endpoints[target] for target in reached[source]]) for source in range(len(peers))],
+    )
     datagrams = [
         preflight.Datagrams(source, target, outcome.size, outcome.is_small_ok, outcome.is_large_ok)
         for source, outcomes in enumerate(answers)
-        for target, outcome in zip(others[source], outcomes, strict=True)
-        if (source, target) not in lost
+        for target, outcome in zip(reached[source], outcomes, strict=True)
     ]
     mtu = preflight.datagram_findings(datagrams, hosts)
     # Large transfers hang where full-size packets are dropped; the reason is known already.
@@ -102,8 +108,12 @@ def _measure(
     return found
 
 
-def _call(method: Callable[[Sequence[Endpoint], float], T], targets: list[Endpoint]) -> Callable[[], T]:
-    return lambda: method(targets, TIMEOUT_S)
+def _connect(peer: Peer, targets: list[Endpoint]) -> Callable[[], list[Connection]]:
+    return lambda: peer.connect(targets, TIMEOUT_S)
+
+
+def _datagrams(peer: Peer, targets: list[Endpoint]) -> Callable[[], list[DatagramOutcome]]:
+    return lambda: peer.datagrams(targets, DATAGRAM_S)
 
 
 def _transfer(peer: Peer, target: Endpoint, seconds: float) -> Callable[[], float]:
