@@ -55,7 +55,9 @@ def _record(error: BaseException, error_file: str) -> None:
         if not error_file or os.path.exists(error_file):
             return
         now = time.time()
-        text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+        # `python -m` shows its frames in runpy on the terminal, so we do too; the record is about the program alone.
+        tb = _without(error.__traceback__, __file__, "<frozen runpy>")
+        text = "".join(traceback.format_exception(type(error), error, tb))
         data = {
             "message": {
                 "message": f"{type(error).__qualname__}: {error}",
@@ -66,9 +68,9 @@ def _record(error: BaseException, error_file: str) -> None:
             json.dump(data, file)
 
 
-def _without_us(tb: types.TracebackType | None) -> types.TracebackType | None:
-    """The traceback from the program's first frame on."""
-    while tb is not None and tb.tb_frame.f_code.co_filename in (__file__, "<frozen runpy>"):
+def _without(tb: types.TracebackType | None, *files: str) -> types.TracebackType | None:
+    """The traceback from the first frame on that is in none of these files."""
+    while tb is not None and tb.tb_frame.f_code.co_filename in files:
         tb = tb.tb_next
     return tb
 
@@ -78,7 +80,7 @@ def _hide_us_from_the_hook() -> None:
     hook = sys.excepthook
 
     def excepthook(kind: Any, error: BaseException, tb: types.TracebackType | None) -> None:
-        tb = _without_us(tb)
+        tb = _without(tb, __file__)
         hook(kind, error.with_traceback(tb), tb)
 
     sys.excepthook = excepthook
@@ -87,7 +89,7 @@ def _hide_us_from_the_hook() -> None:
 def _fresh_main() -> types.ModuleType:
     """Our own module steps aside: pickling and multiprocessing look for the program's names in `__main__`."""
     main = types.ModuleType("__main__")
-    main.__dict__["__builtins__"] = sys.modules["builtins"]
+    main.__dict__.update(__builtins__=sys.modules["builtins"], __annotations__={})
     sys.modules["__main__"] = main
     return main
 
@@ -98,17 +100,15 @@ def _run_script(target: str, args: list[str]) -> None:
     if os.path.isdir(target) or _is_archive(target):
         if not sys.flags.safe_path:
             del sys.path[0]
-        sys.path.insert(0, target)
+        sys.path.insert(0, os.path.join(os.getcwd(), target))
         _fresh_main()
         runpy._run_module_as_main("__main__", False)  # type: ignore[attr-defined]
         return
     if not sys.flags.safe_path:
         sys.path[0] = os.path.dirname(os.path.realpath(target))
     main = _fresh_main()
-    path = os.path.abspath(target)
-    main.__dict__.update(
-        __file__=path, __cached__=None, __loader__=SourceFileLoader("__main__", path), __annotations__={}
-    )
+    path = os.path.join(os.getcwd(), target)
+    main.__dict__.update(__file__=path, __cached__=None, __loader__=SourceFileLoader("__main__", path))
     try:
         with io.open_code(path) as file:
             source = file.read()
@@ -146,7 +146,6 @@ def _main() -> None:
     except SystemExit:
         raise
     except BaseException as error:
-        error.__traceback__ = _without_us(error.__traceback__)
         _record(error, error_file)
         _hide_us_from_the_hook()
         raise
