@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from tests.raycluster import ray_cluster
 from tests.weed import bucket, s3_environment, shared_bucket, weed
 
-__all__ = ["bucket", "s3_environment", "shared_bucket", "weed"]
+__all__ = ["bucket", "ray_cluster", "s3_environment", "shared_bucket", "weed"]
 
 
 @pytest.hookimpl(tryfirst=True)

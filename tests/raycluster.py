@@ -1,0 +1,62 @@
+"""A Ray cluster of two raylets on this machine for tests, in a process of its own, started once for each xdist worker.
+
+In a process of its own because `ray.init` and `ray.shutdown` in a test must not meddle with the cluster's books, and because the process
+can be ended with all that it started, by its pid.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+
+_SERVE = """
+import sys
+from ray.cluster_utils import Cluster
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "include_dashboard": False})
+cluster.add_node(num_cpus=4, resources={"second": 1})
+print(cluster.address, flush=True)
+sys.stdin.read()
+cluster.shutdown()
+"""
+NODES = 2
+CPUS_PER_NODE = 4
+"""As Ray counts them; it reserves nothing of the machine."""
+
+
+@dataclass(frozen=True)
+class RayUnderTest:
+    """A running cluster: 2 nodes of 4 CPUs; one has the resource `second`."""
+
+    address: str
+
+
+def ray_environment() -> dict[str, str]:
+    """The environment of whoever talks to the test's cluster: no cluster of the user's, no token, no reports."""
+    hidden = ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+    kept = {name: value for name, value in os.environ.items() if name not in hidden and not name.startswith("PET_")}
+    return {**kept, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[RayUnderTest]:
+    """Two raylets; about 6 s."""
+    server = subprocess.Popen(
+        [sys.executable, "-c", _SERVE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=ray_environment(), text=True
+    )
+    assert server.stdin is not None
+    assert server.stdout is not None
+    with server.stdin, server.stdout:
+        address = server.stdout.readline().strip()
+        assert address, "the Ray cluster of the tests did not start"
+        yield RayUnderTest(address)
+        server.stdin.close()
+        try:
+            server.wait(30)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()
