@@ -114,13 +114,14 @@ class _Paper:
         self._is_terminal = {stream: os.isatty(fd) for stream, fd in self._fds.items()}
         self._local_ranks: dict[int, int] = {}
         self._held: dict[_Source, LineAssembler] = {}
-        self._open: _Source | None = None
-        """Whose line on the paper has not ended. Both descriptors may be one terminal, so there is one for both."""
+        self._open: dict[tuple[int, int], _Source] = {}
+        """Whose line has not ended, for each file that is written to. Both descriptors may be one terminal: then it is one entry."""
         self._dead_fds: set[int] = set()
 
     def write_words(self, text: str) -> None:
-        self._close_line_of_another(None)
-        self._write(self._fds[Stream.STDERR], text.encode("utf-8", "backslashreplace"))
+        fd = self._fds[Stream.STDERR]
+        self._close_line_of_another(fd, None)
+        self._write(fd, text.encode("utf-8", "backslashreplace"))
 
     def write_chunk(self, chunk: LogChunk) -> None:
         source = (chunk.rank, chunk.stream)
@@ -137,20 +138,26 @@ class _Paper:
     def _show(self, source: _Source, data: bytes) -> None:
         if not data:
             return
-        self._close_line_of_another(source)
+        fd = self._fds[source[1]]
+        self._close_line_of_another(fd, source)
         prefix = self._prefix(source[0], self._local_ranks[source[0]]).encode()
-        pieces = []
+        pieces, is_open = [], _file(fd) in self._open
         for piece in _PIECES.findall(data):
-            if self._open is None:
+            if not is_open:
                 pieces.append(prefix)
             pieces.append(piece)
-            self._open = None if piece.endswith((b"\n", b"\r")) else source
-        self._write(self._fds[source[1]], b"".join(pieces))
+            is_open = not piece.endswith((b"\n", b"\r"))
+        if is_open:
+            self._open[_file(fd)] = source
+        else:
+            self._open.pop(_file(fd), None)
+        self._write(fd, b"".join(pieces))
 
-    def _close_line_of_another(self, source: _Source | None) -> None:
-        if self._open is not None and self._open != source:
-            self._write(self._fds[self._open[1]], b"\n")
-            self._open = None
+    def _close_line_of_another(self, fd: int, source: _Source | None) -> None:
+        """A new line where someone else's words are about to follow an open line in the same file."""
+        if self._open.get(_file(fd), source) != source:
+            self._write(fd, b"\n")
+            del self._open[_file(fd)]
 
     def _write(self, fd: int, data: bytes) -> None:
         """To the last byte; a descriptor that fails (the reader went away) is left alone from then on."""
@@ -161,3 +168,12 @@ class _Paper:
                 select.select([], [fd], [])
             except OSError:
                 self._dead_fds.add(fd)
+
+
+def _file(fd: int) -> tuple[int, int]:
+    """What the descriptor leads to: two descriptors of one terminal are the same."""
+    try:
+        status = os.fstat(fd)
+    except OSError:
+        return (-1, fd)
+    return (status.st_dev, status.st_ino)

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Mapping
 from functools import partial
 
-from launcher.gang.events import AttemptEnded, AttemptPlan, CacheFailed, Event, NodeFailed, Output, OutputEnded
+from launcher.gang.events import AttemptEnded, AttemptPlan, CacheFailed, Event, NodeFailed, Notice, Output, OutputEnded
 from launcher.gang.world import NodeInfo
 from launcher.node import strays
 from launcher.node.cache_child import CacheChild
@@ -27,6 +27,7 @@ from launcher.node.node_attempt import NodeAttempt
 from launcher.spec import JobSpec
 
 _CLOSE_TIMEOUT_S = 8.0
+_DISK_CHECK_S = 5.0
 _STRAY_SWEEP_S = 0.5
 """After a guardian's death, strays appear as the kernel kills their parents: sweep until there was none for this long."""
 
@@ -59,6 +60,8 @@ class NodeAgent:
         self._ended: set[int] = set()
         self._cache: CacheChild | None = None
         self._sweep_until_s = 0.0
+        self._next_disk_check_s = 0.0
+        self._has_told_of_disk = False
         self._is_closing = False
         self._commands: collections.deque[Callable[[], None]] = collections.deque()
         self._commands_lock = threading.Lock()
@@ -120,6 +123,7 @@ class NodeAgent:
             self._sweep()
             if self._cache is not None:
                 self._cache.check_deadline(time.monotonic())
+            self._check_disk()
         with self._commands_lock:
             self._is_over = True
             self._selector.close()
@@ -134,7 +138,7 @@ class NodeAgent:
             return 0.02
         if self._cache is not None and not self._cache.has_announced:
             return max(0.0, self._cache.deadline_s - time.monotonic()) + 0.01
-        return None
+        return None if self._attempt is None or self._has_told_of_disk else _DISK_CHECK_S
 
     def _sweep(self) -> None:
         now = time.monotonic()
@@ -144,6 +148,18 @@ class NodeAgent:
             self._sweep_until_s = 0.0
             if self._attempt is not None:
                 self._attempt.strays_are_gone()
+
+    def _check_disk(self) -> None:
+        """Says once that output is being lost. (Ranks write into their files themselves, so nobody sees their writes fail.)"""
+        now = time.monotonic()
+        if self._attempt is not None and not self._has_told_of_disk and now >= self._next_disk_check_s:
+            self._next_disk_check_s = now + _DISK_CHECK_S
+            with contextlib.suppress(OSError):
+                disk = os.statvfs(self._run_dir)
+                if disk.f_bavail == 0:
+                    self._has_told_of_disk = True
+                    text = f"the disk of {self._run_dir} is full: output is being lost, the job goes on"
+                    self._on_event(Notice(text, self._node.node_id))
 
     def _watch(self, process: GuardedProcess, handle: Callable[[Report], None]) -> None:
         """Calls `handle` with each report of the process until it is gone."""
@@ -193,6 +209,8 @@ class NodeAgent:
 
     def _attempt_is_over(self, attempt: int) -> None:
         """Nothing of it is alive. Its last output may take longer than the news: the terminal may be slow."""
+        self._next_disk_check_s = 0.0
+        self._check_disk()  # for an attempt that was shorter than the interval
         self._attempt = None
         self._ended.add(attempt)
         self._on_event(AttemptEnded(attempt, self._node.node_id))
