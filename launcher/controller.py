@@ -8,13 +8,14 @@ import signal
 import socket
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from types import FrameType
 
 from launcher import messages, rundir
 from launcher.cluster.ports import Clock, Cluster, Journal
 from launcher.console import Console
-from launcher.errors import LauncherError
+from launcher.errors import EXIT_INTERNAL, LauncherError
 from launcher.gang import machine
 from launcher.gang.events import (
     AcquireNodes,
@@ -179,6 +180,13 @@ class Controller:
         except LauncherError as error:
             self._journal.record(JobEnded(error.exit_code, str(error), self._num_attempts, 0.0))
             raise
+        except Exception as error:
+            text = "".join(traceback.format_exception(error))
+            self._journal.record(JobEnded(EXIT_INTERNAL, text, self._num_attempts, 0.0))
+            raise LauncherError(
+                f"a fault in the launcher itself, all ranks are stopped:\n{text}",
+                advice=f"please report it with {self._run_dir}",
+            ) from error
 
     def _perform(self, actions: Sequence[Action]) -> None:
         world = self._state.history.world
@@ -199,7 +207,8 @@ class Controller:
                     self._console.say(text)
                 case ReportFailure(failure=failure, consequence=consequence):
                     self._console.say(messages.failure_report(failure, world))
-                    self._console.say(consequence)
+                    if consequence:
+                        self._console.say(consequence)
                 case ReportCollateral(root=root, is_new_root=is_new_root, collateral=collateral):
                     text = messages.collateral_report(root, is_new_root, collateral, world)
                     if text:

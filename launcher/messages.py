@@ -8,6 +8,7 @@ from launcher.gang import policy
 from launcher.gang.events import (
     CacheFailed,
     CacheServing,
+    ExceptionRecord,
     Failure,
     NodeFailed,
     NodeLost,
@@ -34,22 +35,19 @@ def failure_line(failure: Failure, world: World | None) -> str:
     """One line: who, where, why, and the log that says more."""
     host = hostname(failure.node_id, world)
     match failure:
-        case RankExited(rank=rank, exception=None, status=status, stderr_log=log):
-            return f"rank {rank} on {host} failed: {status}; log {log}"
         case RankExited(rank=rank, exception=exception, status=status, stderr_log=log):
-            assert exception is not None
-            return f"rank {rank} on {host} failed: {exception_line(failure)} ({status}); log {log}"
+            cause = f"{exception_line(exception)} ({status})" if exception else str(status)
+            return f"rank {rank} on {host} failed: {cause}" + (f"; log {log}" if log else "")
         case NodeFailed(reason=reason):
             return f"node {host} failed: {reason}"
         case NodeLost(reason=reason):
             return f"node {host} lost: {reason}"
 
 
-def exception_line(failure: RankExited) -> str:
+def exception_line(exception: ExceptionRecord) -> str:
     """`ValueError: it broke`, the first line of it."""
-    assert failure.exception is not None
-    first = failure.exception.message.partition("\n")[0].strip()
-    return f"{failure.exception.type_name}: {first}" if first else failure.exception.type_name
+    first = exception.message.partition("\n")[0].strip()
+    return ": ".join(part for part in (exception.type_name, first) if part)
 
 
 def failure_report(failure: Failure, world: World | None) -> str:

@@ -309,7 +309,7 @@ class ReportFailure:
     attempt: int
     failure: Failure
     consequence: str
-    """What happens now, in a sentence."""
+    """What happens now, in a sentence; empty when nothing has to."""
 
 
 @dataclass(frozen=True)

@@ -311,7 +311,7 @@ def _stop_failed(history: History, failure: Failure, now: float, num_succeeded: 
     stopping = Stopping(history, StopCause.FAILURE, deadline_s, (failure,), lost=lost)
     num_others = _world(history).world_size - num_succeeded - (1 if isinstance(failure, RankExited) else 0)
     grace = f"SIGTERM, SIGKILL after {grace_s:g} s" if grace_s else "SIGKILL"
-    others = {0: "no other rank runs", 1: f"stopping the other rank ({grace})"}
+    others = {0: "", 1: f"stopping the other rank ({grace})"}
     consequence = others.get(num_others, f"stopping the other {num_others} ranks ({grace})")
     after, more = _conclude_if_over(stopping, now)
     return after, (ReportFailure(history.attempt, failure, consequence), *_stop_actions(stopping, grace_s), *more)

@@ -95,7 +95,8 @@ class FakeNode:
         """The rank ends; a test's way to let something happen."""
         attempt, member, _ = self._alive.pop(rank)
         where = (attempt, self.info.node_id, rank, member.local_rank, 1000 + rank)
-        self._cluster.put(RankExited(*where, status, self._cluster.now()))
+        logs = (f"/run/rank_{rank}/stdout.log", f"/run/rank_{rank}/stderr.log")
+        self._cluster.put(RankExited(*where, status, self._cluster.now(), *logs))
 
     def _run(self, rank: int, behaviour: str) -> None:
         word, _, argument = behaviour.partition(" ")
