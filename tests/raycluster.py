@@ -20,7 +20,9 @@ from ray.cluster_utils import Cluster
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "include_dashboard": False})
 cluster.add_node(num_cpus=4, resources={"second": 1})
 print(cluster.address, flush=True)
-sys.stdin.read()
+for line in sys.stdin:
+    node = cluster.add_node(num_cpus=2, resources={line.strip(): 1})
+    print(node.all_processes["raylet"][0].process.pid, flush=True)
 cluster.shutdown()
 """
 NODES = 2
@@ -33,6 +35,15 @@ class RayUnderTest:
     """A running cluster: 2 nodes of 4 CPUs; one has the resource `second`."""
 
     address: str
+    server: subprocess.Popen[str]
+
+    def add_node(self, resource: str) -> int:
+        """One more node, of 2 CPUs and with this resource, for a test to kill; the process id of its raylet."""
+        assert self.server.stdin is not None
+        assert self.server.stdout is not None
+        self.server.stdin.write(f"{resource}\n")
+        self.server.stdin.flush()
+        return int(self.server.stdout.readline())
 
 
 def ray_environment() -> dict[str, str]:
@@ -53,7 +64,7 @@ def ray_cluster() -> Iterator[RayUnderTest]:
     with server.stdin, server.stdout:
         address = server.stdout.readline().strip()
         assert address, "the Ray cluster of the tests did not start"
-        yield RayUnderTest(address)
+        yield RayUnderTest(address, server)
         server.stdin.close()
         try:
             server.wait(30)

@@ -237,8 +237,9 @@ Move = tuple[State, Sequence[Action]]
 
 TRANSITIONS: dict[type[State], frozenset[type[State]]] = {
     Placing: frozenset({OpeningStore, Ended}),
-    OpeningStore: frozenset({Running, Stopping}),
-    Running: frozenset({Stopping}),
+    # Past Stopping: when all nodes are lost at once, nothing is left to stop.
+    OpeningStore: frozenset({Running, Stopping, BackingOff, Placing, Ended}),
+    Running: frozenset({Stopping, BackingOff, OpeningStore, Placing, Ended}),
     Stopping: frozenset({BackingOff, OpeningStore, Placing, Ended}),
     BackingOff: frozenset({OpeningStore, Placing, Ended}),
     Ended: frozenset(),

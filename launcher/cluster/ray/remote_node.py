@@ -18,7 +18,9 @@ HEARTBEAT_S = 1.0
 """How long a poll waits on the node when there is nothing to say."""
 SILENCE_S = 10.0
 """A node that has not answered for so long is lost. Ray's own verdict on a silent link takes tens of seconds; a healthy agent answers
-every second, and even a node whose CPUs are all taken answers within three (measured with 8 busy processes per CPU)."""
+every second, and one on a node whose CPUs are all taken within a few."""
+BROKEN_S = 3.0
+"""The same for a node to which the connection broke: its agent's process has most likely ended, but a network may also recover."""
 
 
 class RemoteNode:
@@ -86,11 +88,14 @@ class RemoteNode:
             try:
                 poll = self._actor.poll_events.options(concurrency_group=EVENT_GROUP).remote(HEARTBEAT_S)
                 batch = ray.get(poll, timeout=SILENCE_S)
-            except (ray.exceptions.GetTimeoutError, ray.exceptions.ActorUnavailableError):
-                if time.monotonic() - heard_s >= SILENCE_S:
-                    self._lose(f"not heard of for {SILENCE_S:g} s")
-                else:
-                    self._over.wait(0.2)
+            except ray.exceptions.GetTimeoutError:
+                self._lose(f"not heard of for {SILENCE_S:g} s")
+                return
+            except ray.exceptions.ActorUnavailableError:
+                if time.monotonic() - heard_s >= BROKEN_S:
+                    self._lose(f"the connection to its agent is broken, for {BROKEN_S:g} s already")
+                    return
+                self._over.wait(0.1)
                 continue
             except ray.exceptions.RayError as error:
                 self._lose(_why_gone(error))
@@ -122,13 +127,15 @@ class RemoteNode:
 
 
 def _why_gone(error: Exception) -> str:
-    """Ray's many lines in one."""
-    text = str(error)
-    if isinstance(error, ray.exceptions.ActorDiedError) and (
-        "node" in text.lower() and "died" in text.lower() and "Owner" not in text
-    ):
-        for line in text.splitlines():
-            if "node" in line.lower() and "died" in line.lower():
-                return f"Ray says: {line.strip()}"
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    """Ray's many lines in one.
+
+    >>> _why_gone(ray.exceptions.RayError("The actor died.\\n  class_name: AgentActor"))
+    'its agent is gone (The actor died.)'
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, ray.exceptions.ActorDiedError):
+        # "The actor died because its node has died. Node Id: …" stands after the actor's particulars
+        for line in lines:
+            if "its node has died" in line:
+                return "the node has left the cluster"
     return f"its agent is gone ({lines[0] if lines else type(error).__name__})"
