@@ -57,6 +57,10 @@ class StreamingLoader:
             shuffle_seed=task.seed,
             batch_size=task.batch_size,
         )
+        # The S3 client that fetched the index would be inherited by forked workers with its open connection, and two processes then
+        # read each other's answers: measured here, wrong and missing samples (over TLS such a connection would break instead).
+        for stream in dataset.streams:
+            stream._downloader.clean_up()
         self._loader: Any = DataLoader(
             dataset,
             batch_size=task.batch_size,
