@@ -1,0 +1,96 @@
+"""Who waits for which blocks: requests of readers, from their arrival to their one answer. No I/O, no decisions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cache.blocks import ExtentId, extent_of
+from cache.errors import CacheError
+from cache.residency import messages as m
+
+BlockKey = tuple[str, int]
+"""Content id and block index within the object."""
+
+
+@dataclass
+class Want:
+    event: m.BlocksWanted
+    missing: set[int]
+    cause: str
+
+    @property
+    def extent(self) -> ExtentId:
+        return ExtentId(self.event.content_id, extent_of(self.event.first))
+
+
+@dataclass
+class Check:
+    event: m.CheckAsked
+    missing: set[int]
+    num_rotten: int = 0
+
+
+class Waiting:
+    """Open requests. `add` and what removes them keep one invariant: a block has waiters if and only if an open want misses it."""
+
+    def __init__(self) -> None:
+        self.wants: dict[int, Want] = {}
+        self.checks: dict[int, Check] = {}
+        self._by_block: dict[BlockKey, list[int]] = {}
+
+    def add(self, want: Want) -> None:
+        self.wants[want.event.request_id] = want
+        for block in want.missing:
+            self._by_block.setdefault((want.event.content_id, block), []).append(want.event.request_id)
+
+    def is_wanted(self, key: BlockKey) -> bool:
+        return key in self._by_block
+
+    def count_for(self, extent: ExtentId) -> int:
+        return sum(want.extent == extent for want in self.wants.values())
+
+    def arrived(self, key: BlockKey, generation: int) -> list[tuple[Want, m.Answer]]:
+        """A block became readable: the wants that this completes, each with its answer."""
+        done = []
+        for request_id in self._by_block.pop(key, []):
+            want = self.wants[request_id]
+            want.missing.discard(key[1])
+            if not want.missing:
+                del self.wants[request_id]
+                done.append((want, m.Answer(request_id, generation, want.cause)))
+        return done
+
+    def failed(self, key: BlockKey, error: CacheError) -> list[tuple[Want, m.Answer]]:
+        """A block will not come: every want that misses it ends with the error."""
+        request_ids = list(self._by_block.get(key, []))
+        return [(self.drop(request_id), m.Answer(request_id, cause="error", error=error)) for request_id in request_ids]
+
+    def drop(self, request_id: int) -> Want:
+        """Ends a want without an answer; it is returned with the blocks that it still missed."""
+        want = self.wants.pop(request_id)
+        for block in want.missing:
+            key = (want.event.content_id, block)
+            waiting = self._by_block[key]
+            waiting.remove(request_id)
+            if not waiting:
+                del self._by_block[key]
+        return want
+
+    def of_client(self, client_id: str) -> list[int]:
+        return [request_id for request_id, want in self.wants.items() if want.event.client_id == client_id]
+
+    def drop_checks_of(self, client_id: str) -> None:
+        self.checks = {key: check for key, check in self.checks.items() if check.event.client_id != client_id}
+
+    def checked(self, extent: ExtentId, generation: int, block: int, is_sound: bool) -> list[m.Answer]:
+        """A block was read back: the checks that this completes."""
+        answers = []
+        for request_id, check in list(self.checks.items()):
+            if check.event.extent == extent and block in check.missing:
+                check.missing.discard(block)
+                check.num_rotten += not is_sound
+                if not check.missing:
+                    del self.checks[request_id]
+                    cause = "sound" if check.num_rotten == 0 else f"{check.num_rotten} rotten"
+                    answers.append(m.Answer(request_id, generation, cause))
+        return answers
