@@ -19,10 +19,12 @@ from launcher.fabric.peer import TIMEOUT_S, Connection, DatagramOutcome, Endpoin
 
 T = TypeVar("T")
 
+RETEST_FACTOR = 2
+
 DATAGRAM_S = 0.5
 """For the answers to three tries; a round trip within a data centre takes a thousandth of it."""
 
-TRANSFER_S = 0.25
+TRANSFER_S = 0.2
 """Per measurement: enough for TCP to reach its rate on a data-centre path."""
 
 
@@ -81,10 +83,15 @@ def _conduct(peers: Sequence[Peer], hosts: Sequence[str], transfer_s: float, poo
     dead = lost | {(item.source, item.target) for item in datagrams if item.is_small_ok and not item.is_large_ok}
     transfers = _measure(peers, endpoints, preflight.schedule(len(peers)), dead, transfer_s, pool)
     first = preflight.suspects(transfers)
-    again = _measure(peers, endpoints, preflight.retests(first, transfers), dead, transfer_s, pool) if first else []
+    again: list[preflight.Transfer] = []
+    if first:
+        # Longer: what one stumble of TCP did in the first round weighs less.
+        rounds = preflight.retests(first, transfers)
+        again = _measure(peers, endpoints, rounds, dead, RETEST_FACTOR * transfer_s, pool)
     slow = preflight.confirmed(first, transfers, again)
     addresses = [endpoint.address for endpoint in endpoints]
     found = [*preflight.reach_findings(reaches, hosts, addresses), *mtu, *preflight.slow_findings(slow, hosts)]
+    found += preflight.broken_findings(preflight.schedule(len(peers)), dead, transfers, hosts)
     return Report(tuple(found), tuple(sorted(slow.nodes)), tuple(sorted(lost)), (*transfers, *again))
 
 
@@ -103,7 +110,10 @@ def _measure(
             ways = [way for way in ways if way not in dead]
             rates = _all(pool, [_transfer(peers[source], endpoints[target], transfer_s) for source, target in ways])
             found += [
-                preflight.Transfer(source, target, rate) for (source, target), rate in zip(ways, rates, strict=True)
+                # 0 is a transfer that broke: it says nothing about speed.
+                preflight.Transfer(source, target, rate)
+                for (source, target), rate in zip(ways, rates, strict=True)
+                if rate > 0
             ]
     return found
 

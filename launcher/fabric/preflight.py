@@ -316,6 +316,28 @@ def slow_findings(found: Suspects, hosts: Sequence[str]) -> list[Finding]:
     return nodes + links
 
 
+def broken_findings(
+    rounds: Sequence[Sequence[tuple[int, int]]],
+    dead: set[tuple[int, int]],
+    transfers: Sequence[Transfer],
+    hosts: Sequence[str],
+) -> list[Finding]:
+    """Pairs that connect, but over which no transfer ended: neither way, so that one stumble is not a finding."""
+    done = {(min(item.source, item.target), max(item.source, item.target)) for item in transfers}
+    lost = [pair for pairs in rounds for pair in pairs if pair not in done and not dead & {pair, (pair[1], pair[0])}]
+    return [
+        Finding(
+            "transfer-failed",
+            Severity.ERROR,
+            (hosts[one], hosts[other]),
+            "connections are accepted, but no transfer ended, in either direction",
+            "collectives between these nodes hang or fail",
+            "look for a firewall or proxy that cuts long connections, and for packet loss on the path",
+        )
+        for one, other in lost
+    ]
+
+
 def compute_findings(seconds: Mapping[int, float], hosts: Sequence[str], what: str) -> list[Finding]:
     """Nodes that took much longer than the median for the same work (`what`: "matmul", "memory copy")."""
     speeds = {node: 1.0 / value for node, value in seconds.items() if value > 0}
