@@ -7,11 +7,12 @@ read GROUP_RANK, and a NODE_RANK that they find is the user's or the cluster's (
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from launcher.errors import NodeError
 from launcher.gang.events import AttemptPlan
+from launcher.gang.masking import masked
 from launcher.gang.world import Member
 from launcher.spec import JobSpec
 
@@ -50,11 +51,17 @@ def settings(
     )
 
 
-def environment(
-    spec: JobSpec, plan: AttemptPlan, member: Member, places: RankPlaces, base: Mapping[str, str]
-) -> dict[str, str]:
-    """`base` with the settings in it."""
-    return {**base, **{setting.name: setting.value for setting in settings(spec, plan, member, places, base)}}
+def apply(chosen: Sequence[Setting], base: Mapping[str, str]) -> dict[str, str]:
+    """`base` with the settings in it: the environment that the rank is born with."""
+    return {**base, **{setting.name: setting.value for setting in chosen}}
+
+
+def account(chosen: Sequence[Setting], base: Mapping[str, str]) -> dict[str, object]:
+    """For people who ask "why is this set?": every setting with its reason, and what was inherited, secrets masked."""
+    return {
+        "set": [{"name": setting.name, "value": setting.value, "reason": setting.reason} for setting in chosen],
+        "inherited": masked({name: value for name, value in base.items() if name not in {s.name for s in chosen}}),
+    }
 
 
 def _places_in_the_gang(spec: JobSpec, plan: AttemptPlan, member: Member) -> tuple[Setting, ...]:

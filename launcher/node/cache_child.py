@@ -60,7 +60,7 @@ class CacheChild:
         self._received = b""
         self.deadline_s = time.monotonic() + ANNOUNCE_TIMEOUT_S
         # Expanded here, on the node: `$SLURM_TMPDIR/cache` and `~` differ from node to node.
-        self._dir = os.path.join(cwd, os.path.expanduser(os.path.expandvars(options.dir)))
+        self._dir = os.path.abspath(os.path.join(cwd, os.path.expanduser(os.path.expandvars(options.dir))))
         self.socket = socket_path(self._dir)
         os.makedirs(os.path.dirname(self.socket), mode=0o700, exist_ok=True)
         self._log_fd = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)

@@ -53,8 +53,8 @@ Report = Started | StartFailed | Exited | Gone
 class GuardedProcess:
     """One process and its guardian. Not thread-safe: the agent's loop owns it.
 
-    Output goes to the two descriptors, which the caller keeps and closes; standard input is inherited. Raises OSError when not even the
-    guardian can be started.
+    Output goes to the two descriptors, which the caller keeps and closes; standard input is inherited. `cwd` may be relative to ours.
+    Raises OSError when not even the guardian can be started.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class GuardedProcess:
         job = {
             "argv": list(argv),
             "env": dict(env),
-            "cwd": cwd,
+            "cwd": os.path.abspath(cwd),
             "stdout_fd": stdout_fd,
             "stderr_fd": stderr_fd,
             "keep_fds": list(keep_fds),

@@ -9,8 +9,9 @@ from collections.abc import Callable, Mapping
 from functools import partial
 
 from launcher.errors import NodeError
+from launcher.gang import rank_env
 from launcher.gang.events import AttemptPlan, Event, ExitStatus, NodeFailed, RankExited, RanksStarted, StoreOpened
-from launcher.gang.rank_env import RankPlaces, environment
+from launcher.gang.rank_env import RankPlaces
 from launcher.gang.world import Member, NodeInfo
 from launcher.node import store
 from launcher.node.failure import last_lines, read_exception
@@ -94,9 +95,10 @@ class NodeAttempt:
             for member in members:
                 files = RankFiles(os.path.join(self._directory, f"rank_{member.rank}"))
                 places = RankPlaces(self._run_dir, files.error_file, cache_socket)
-                env = environment(self._spec, plan, member, places, self._base_env)
+                chosen = rank_env.settings(self._spec, plan, member, places, self._base_env)
                 self._make_room(files)
-                process = starter.start(member, env, files)
+                files.write_environment(rank_env.account(chosen, self._base_env))
+                process = starter.start(member, rank_env.apply(chosen, self._base_env), files)
                 self._ranks[member.rank] = process
                 self._watch(process, partial(self._rank_reports, member, files))
                 self._follow(member, files)

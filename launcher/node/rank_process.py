@@ -5,6 +5,8 @@ A rank's standard streams are its own two files, opened here; whoever follows th
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import sys
 from collections.abc import Mapping
@@ -36,6 +38,11 @@ class RankFiles:
     def error_file(self) -> str:
         """TORCHELASTIC_ERROR_FILE."""
         return os.path.join(self.directory, "error.json")
+
+    def write_environment(self, account: Mapping[str, object]) -> None:
+        """`environment.json`: what was set and why. Best effort."""
+        with contextlib.suppress(OSError), open(os.path.join(self.directory, "environment.json"), "w") as file:
+            json.dump(account, file, indent=1)
 
 
 class FreshInterpreter:

@@ -64,14 +64,20 @@ def children_of(pid: int) -> list[int]:
 class Launched:
     """A running launcher in a directory of its own. Use as a context: whatever is left of it at the end is killed, by pid."""
 
-    def __init__(self, directory: Path, *args: str, env: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *args: str,
+        env: dict[str, str] | None = None,
+        program: Sequence[str] = ("-m", "launcher"),
+    ) -> None:
         self.directory = directory
         environment = {**os.environ, **(env or {})}
         for name in [name for name in environment if name.startswith(("PET_", "RAY_ADDRESS", "RAILHEAD_"))]:
             del environment[name]
         environment.update(env or {})
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "launcher", *args],
+            [sys.executable, *program, *args],
             cwd=directory,
             env=environment,
             stdin=subprocess.DEVNULL,

@@ -57,6 +57,7 @@ class Outside:
     """The world outside as the machine's promises see it: what runs where, what it was told, what it may say next."""
 
     draw: Callable[[st.SearchStrategy], object]
+    num_nodes: int
     num_ranks: int
     state: State
     now: float = 0.0
@@ -142,7 +143,7 @@ class Outside:
         return fact  # type: ignore[return-value]
 
     def nodes_ready(self) -> Fact:
-        while len(self.held) < 2:
+        while len(self.held) < self.num_nodes:
             self.num_made += 1
             self.held[f"n{self.num_made}"] = node(f"n{self.num_made}", self.num_ranks)
         self.asked_for_nodes = False
@@ -213,15 +214,15 @@ class Outside:
         raise AssertionError(f"no end in sight: {self.state}")
 
 
-@given(st.data(), st.integers(1, 3), st.integers(0, 3), st.integers(0, 60))
+@given(st.data(), st.integers(1, 3), st.integers(1, 2), st.integers(0, 3), st.integers(0, 60))
 @settings(max_examples=400, deadline=None)
 def test_whatever_happens_no_partial_gang_no_two_attempts_and_a_true_end(
-    data: st.DataObject, num_ranks: int, max_restarts: int, num_steps: int
+    data: st.DataObject, num_nodes: int, num_ranks: int, max_restarts: int, num_steps: int
 ) -> None:
     """Checked at every action by Outside: a gang is whole, alone, and 0 is said if and only if every rank ended with 0."""
     rules = Rules(RestartBudget(max_restarts), grace_s=5.0)
     state, actions = machine.begin(rules)
-    outside = Outside(data.draw, num_ranks, state)
+    outside = Outside(data.draw, num_nodes, num_ranks, state)
     outside.perform(actions)
     for _ in range(num_steps):
         if isinstance(outside.state, Ended):
