@@ -5,7 +5,7 @@ from __future__ import annotations
 from launcher.fabric.facts import NodeFacts, PciDevice
 from launcher.fabric.findings import Finding, NodeCheck, Severity, View
 from launcher.fabric.nccl import parse_version
-from launcher.fabric.topology import Near, affinity
+from launcher.fabric.topology import Near, gpu_hca
 
 NVIDIA = "0x10de"
 GPU_CLASSES = ("0x0302", "0x0300")
@@ -244,7 +244,7 @@ def gpu_nic_affinity(view: View) -> list[Finding]:
         return []
     columns = [idx for idx, hca in enumerate(facts.hcas) if hca.name in choice.hcas]
     nearest: dict[int, Near | None] = {}
-    for gpu, row in zip(facts.gpus, affinity(facts).gpu_hca, strict=True):
+    for gpu, row in zip(facts.gpus, gpu_hca(facts), strict=True):
         known = [near for idx in columns if (near := row[idx].near) is not None]
         nearest[gpu.index] = min(known, default=None)
     if all(near is None for near in nearest.values()):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from launcher.fabric import nccl
 from launcher.fabric.facts import HcaPort
 from launcher.fabric.findings import Finding, NodeCheck, Severity, View
-from launcher.fabric.topology import Near, affinity
+from launcher.fabric.topology import Near, gpu_hca
 
 RDMA_RESOURCES = ("rdma/", "nvidia.com/hostdev", "nvidia.com/rdma", "nvidia.com/sriov", "vpc.amazonaws.com/efa")
 """Beginnings of the names under which device plugins offer RDMA devices to pods."""
@@ -124,7 +124,7 @@ def rdma_host_network_vf(view: View) -> list[Finding]:
 def ports_down(view: View) -> list[Finding]:
     """Ports that belong to the training network by their place, but do not work."""
     facts, found = view.facts, []
-    matrix = affinity(facts).gpu_hca
+    matrix = gpu_hca(facts)
     chosen = view.env.hcas.hcas
     for hca_idx, hca in enumerate(facts.hcas):
         is_local = any((near := row[hca_idx].near) is not None and near <= Near.PXB for row in matrix)
@@ -156,7 +156,7 @@ def ports_down(view: View) -> list[Finding]:
 def port_slow(view: View) -> list[Finding]:
     """A port among the GPUs' own that negotiated less than its sisters."""
     facts = view.facts
-    matrix = affinity(facts).gpu_hca
+    matrix = gpu_hca(facts)
     rates: dict[str, float] = {}
     for hca_idx, hca in enumerate(facts.hcas):
         if any((near := row[hca_idx].near) is not None and near <= Near.PXB for row in matrix):

@@ -14,7 +14,7 @@ from typing import Literal
 
 from launcher.fabric.facts import Hca, HcaPort, NodeFacts
 from launcher.fabric.nccl import usable_ports
-from launcher.fabric.topology import Affinity, Near, affinity
+from launcher.fabric.topology import Distance, Near, gpu_hca
 
 Transport = Literal["infiniband", "roce", "efa", "socket"]
 
@@ -112,7 +112,7 @@ def _choose_efa(
 
 def _candidates(facts: NodeFacts, excluded: dict[str, str]) -> list[_Candidate]:
     usable = {(name, port.port) for name, port in usable_ports(facts)}
-    matrix = affinity(facts)
+    matrix = gpu_hca(facts)
     found: list[_Candidate] = []
     for hca_idx, hca in enumerate(facts.hcas):
         if not hca.ports:
@@ -136,8 +136,10 @@ def _why_unusable(port: HcaPort) -> str:
     return f"its link layer is {port.link_layer or 'unknown'}, which NCCL does not use"
 
 
-def _placed(facts: NodeFacts, hca: Hca, port: HcaPort, hca_idx: int, matrix: Affinity) -> _Candidate:
-    column = [row[hca_idx] for row in matrix.gpu_hca]
+def _placed(
+    facts: NodeFacts, hca: Hca, port: HcaPort, hca_idx: int, matrix: tuple[tuple[Distance, ...], ...]
+) -> _Candidate:
+    column = [row[hca_idx] for row in matrix]
     known = [cell.near for cell in column if cell.near is not None]
     local = frozenset(
         gpu.index

@@ -17,7 +17,7 @@ from launcher.fabric.facts import Hca, HcaPort, NodeFacts
 from launcher.fabric.findings import Finding, Severity, worst
 from launcher.fabric.order import NodeOrder
 from launcher.fabric.rules import NodeEnvironment
-from launcher.fabric.topology import Affinity, affinity, closest_hcas, numa_of_gpu
+from launcher.fabric.topology import Distance, closest_hcas, gpu_hca, numa_of_gpu
 
 WIDTH = 118
 
@@ -105,7 +105,7 @@ def as_json(examination: Examination) -> dict[str, Any]:
 
 
 def _node_json(facts: NodeFacts, env: NodeEnvironment) -> dict[str, Any]:
-    matrix = affinity(facts)
+    matrix = gpu_hca(facts)
     return {
         "hostname": facts.hostname,
         "node_ip": facts.node_ip,
@@ -116,7 +116,7 @@ def _node_json(facts: NodeFacts, env: NodeEnvironment) -> dict[str, Any]:
         "closest_hcas": {str(gpu): list(names) for gpu, names in closest_hcas(facts, env.hcas.hcas).items()},
         "affinity": {
             f"GPU{gpu.index}": {hca.name: str(cell) for hca, cell in zip(facts.hcas, row, strict=True)}
-            for gpu, row in zip(facts.gpus, matrix.gpu_hca, strict=True)
+            for gpu, row in zip(facts.gpus, matrix, strict=True)
         },
         "environment": {
             decision.variable: {
@@ -212,17 +212,17 @@ def _devices(facts: NodeFacts, env: NodeEnvironment) -> list[str]:
         rows += [_port_row(hca, port, env) for hca in facts.hcas for port in hca.ports]
         lines += [*_table(rows), ""]
     if facts.gpus and facts.hcas:
-        matrix = affinity(facts)
+        matrix = gpu_hca(facts)
         lines += _split_table(_matrix_rows(facts, matrix))
-        if any(cell.is_bound for row in matrix.gpu_hca for cell in row):
+        if any(cell.is_bound for row in matrix for cell in row):
             lines.append("(with ?: at most this far; the PCI tree is not known)")
         lines.append("")
     return lines[:-1] if lines and not lines[-1] else lines
 
 
-def _matrix_rows(facts: NodeFacts, matrix: Affinity) -> list[list[str]]:
+def _matrix_rows(facts: NodeFacts, matrix: tuple[tuple[Distance, ...], ...]) -> list[list[str]]:
     """The affinity matrix; neighbouring HCAs that are equally far from every GPU share a column ("mlx5_0 +1")."""
-    columns = [tuple(str(row[idx]) for row in matrix.gpu_hca) for idx in range(len(facts.hcas))]
+    columns = [tuple(str(row[idx]) for row in matrix) for idx in range(len(facts.hcas))]
     groups: list[tuple[str, int, tuple[str, ...]]] = []
     for hca, column in zip(facts.hcas, columns, strict=True):
         if groups and groups[-1][2] == column:

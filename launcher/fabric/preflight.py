@@ -165,8 +165,15 @@ def retests(first: Suspects, transfers: Sequence[Transfer]) -> list[list[tuple[i
     for position, node in enumerate(sorted(first.nodes)):
         partners = healthy[position % len(healthy) :] + healthy[: position % len(healthy)] if healthy else []
         pairs |= {(min(node, other), max(node, other)) for other in partners[:RETEST_PARTNERS]}
+    # A link is judged by itself alone, so it gets two more chances; a node has several partners anyway.
+    links = sorted({(min(pair), max(pair)) for pair in first.links})
+    return [*_disjoint(sorted(pairs)), *_disjoint(links)]
+
+
+def _disjoint(pairs: Sequence[tuple[int, int]]) -> list[list[tuple[int, int]]]:
+    """The pairs in rounds in which no node is busy twice."""
     rounds: list[list[tuple[int, int]]] = []
-    for pair in sorted(pairs):
+    for pair in pairs:
         for existing in rounds:
             if not any(set(pair) & set(other) for other in existing):
                 existing.append(pair)

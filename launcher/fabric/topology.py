@@ -115,19 +115,30 @@ class Affinity:
 
 def affinity(facts: NodeFacts) -> Affinity:
     """Rows and columns in the order of `facts.gpus` and `facts.hcas`."""
-    gpus = [facts.pci_of(gpu.pci) for gpu in facts.gpus]
-    hcas = [facts.pci_of(hca.pci) for hca in facts.hcas]
+    gpus, hcas = _places(facts)
+    return Affinity(gpu_hca(facts), _rows(facts, gpus, gpus), _rows(facts, hcas, hcas))
+
+
+def gpu_hca(facts: NodeFacts) -> tuple[tuple[Distance, ...], ...]:
+    """The GPU rows and HCA columns of the matrix alone: with a thousand virtual functions the rest is a million cells."""
+    gpus, hcas = _places(facts)
+    return _rows(facts, gpus, hcas)
+
+
+def _places(facts: NodeFacts) -> tuple[list[PciDevice | None], list[PciDevice | None]]:
+    return [facts.pci_of(gpu.pci) for gpu in facts.gpus], [facts.pci_of(hca.pci) for hca in facts.hcas]
+
+
+def _rows(
+    facts: NodeFacts, left: Sequence[PciDevice | None], right: Sequence[PciDevice | None]
+) -> tuple[tuple[Distance, ...], ...]:
     num_numa_nodes = len(facts.cpus.numa) or None
-
-    def rows(left: Sequence[PciDevice | None], right: Sequence[PciDevice | None]) -> tuple[tuple[Distance, ...], ...]:
-        return tuple(tuple(distance(a, b, num_numa_nodes=num_numa_nodes) for b in right) for a in left)
-
-    return Affinity(gpu_hca=rows(gpus, hcas), gpu_gpu=rows(gpus, gpus), hca_hca=rows(hcas, hcas))
+    return tuple(tuple(distance(one, other, num_numa_nodes=num_numa_nodes) for other in right) for one in left)
 
 
 def closest_hcas(facts: NodeFacts, names: Sequence[str]) -> dict[int, tuple[str, ...]]:
     """For each GPU index, all of the HCAs `names` at the smallest known distance; () where no distance is known."""
-    matrix = affinity(facts).gpu_hca
+    matrix = gpu_hca(facts)
     wanted = set(names)
     found: dict[int, tuple[str, ...]] = {}
     for gpu, row in zip(facts.gpus, matrix, strict=True):
