@@ -13,6 +13,7 @@ from __future__ import annotations
 import builtins
 import re
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from cache.origin.urls import Location
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_WRITE_TIMEOUT_S = 3600.0
 SCHEMES = frozenset({"s3", "gs", "az", "abfs", "abfss", "http", "https"})
 
 
@@ -50,6 +52,8 @@ class ObstoreOrigin:
     def __init__(self, location: Location, options: OriginOptions) -> None:
         """Raises OriginMisconfigured when no store can be built for the location."""
         self._is_http = location.scheme in ("http", "https")
+        self._location, self._options = location, options
+        self._writing_store: ObjectStore | None = None
         try:
             self._store = _store(location, options)
         except (BaseError, ValueError) as e:
@@ -114,9 +118,13 @@ class ObstoreOrigin:
         return _without_directory_markers(found)
 
     async def put(self, url: str, data: Buffer) -> ObjectInfo:
+        if self._writing_store is None:
+            # Seen: a read timeout also runs while a body is being sent, and cut off uploads that took longer than that.
+            slow = replace(self._options, read_timeout_s=_WRITE_TIMEOUT_S, request_timeout_s=_WRITE_TIMEOUT_S)
+            self._writing_store = _store(self._location, slow)
         try:
             # One request whatever the size: multipart would give an etag of another form and two ways to fail.
-            await obstore.put_async(self._store, self._path(url), memoryview(data), use_multipart=False)
+            await obstore.put_async(self._writing_store, self._path(url), memoryview(data), use_multipart=False)
         except (BaseError, OSError, ValueError) as e:
             raise _error("PUT", url, e) from e
         return await self.head(url)

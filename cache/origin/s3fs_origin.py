@@ -118,7 +118,8 @@ class S3fsOrigin:
 
     async def _call(self, operation: str, url: str, method: str, **kwargs: Any) -> Mapping[str, Any]:
         try:
-            async with asyncio.timeout(self._timeout_s):
+            # No deadline for a whole upload: it takes as long as its size needs; a stalled one ends by the connection's timeouts.
+            async with asyncio.timeout(None if method == "put_object" else self._timeout_s):
                 answer: Mapping[str, Any] = await self._fs._call_s3(method, Bucket=self._bucket, **kwargs)
                 return answer
         except (*_TRANSPORT_ERRORS, boto.ClientError) as e:

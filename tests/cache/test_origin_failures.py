@@ -223,6 +223,40 @@ def test_a_refused_connection_names_the_endpoint_setting(monkeypatch: pytest.Mon
     assert type(error) is OriginUnavailable and "AWS_ENDPOINT_URL" in error.advice
 
 
+@pytest.mark.parametrize("client", CLIENTS)
+def test_an_upload_may_take_longer_than_a_read_timeout(monkeypatch: pytest.MonkeyPatch, client: str) -> None:
+    """While a body is being sent nothing comes back: no reason to give the connection up. The server takes the body in its own time."""
+    body = bytes(2**22)
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while request := await reader.readuntil(b"\r\n\r\n"):
+                if request.startswith(b"PUT"):
+                    if b"100-continue" in request.lower():
+                        writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+                    await asyncio.sleep(QUICK.read_timeout_s * 2)
+                    await reader.readexactly(len(body))
+                writer.write(b'HTTP/1.1 200 OK\r\nETag: "e"\r\n' + DATE)
+                writer.write(b"Content-Length: %d\r\n\r\n" % (0 if request.startswith(b"PUT") else len(body)))
+                await writer.drain()
+        except (ConnectionError, asyncio.IncompleteReadError):
+            pass
+        finally:
+            writer.close()
+
+    async def main() -> int:
+        server = await asyncio.start_server(serve, "127.0.0.1", 0, limit=2**16)
+        async with server:
+            endpoint = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+            use_endpoint(monkeypatch, endpoint)
+            url = CLIENTS[client].format(endpoint=endpoint)
+            info = await origin_for(url, QUICK).put(url, body)
+            await close_origins()
+            return info.size_bytes
+
+    assert asyncio.run(main()) == len(body)
+
+
 def test_retry_after_is_passed_on_where_the_library_shows_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """obstore hides response headers of failures; s3fs shows them."""
     reply = answer("503 S", "SlowDown", headers="Retry-After: 7\r\n")
