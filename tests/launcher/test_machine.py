@@ -119,20 +119,20 @@ class Outside:
         self.perform(actions)
 
     def possible(self) -> list[Callable[[], Fact]]:
-        """What may happen now."""
-        found: list[Callable[[], Fact]] = [lambda: StopRequested(SIGINT), lambda: StopRequested(SIGTERM), Tick]
+        """What may happen now; the ordinary more often, or no attempt would ever get far."""
+        found: list[Callable[[], Fact]] = [lambda: StopRequested(SIGINT), Tick]
         if self.old_facts:
             found.append(lambda: self._stale())
         if self.asked_for_nodes:
-            found += [self.nodes_ready, lambda: PlacementRefused("no room")]
+            found += [self.nodes_ready] * 8 + [lambda: PlacementRefused("no room")]
         if self.asked_for_store and self.asked_for_store[1] in self.running:
-            found += [self.store_opened, self.store_failed]
+            found += [self.store_opened] * 6 + [self.store_failed]
         if any(self.alive.values()):
-            found += [self.rank_exits_well] * 4 + [self.rank_exits_badly]
+            found += [self.rank_exits_well] * 4 + [self.rank_exits_badly] * 3
         if any(node_id in self.told_to_stop and not self.alive.get(node_id) for node_id in self.running):
-            found += [self.attempt_ended] * 3
+            found += [self.attempt_ended] * 6
         if self.held and not self.asked_for_nodes:
-            found.append(self.node_lost)
+            found += [self.node_lost] * 2
         return found
 
     def _stale(self) -> Fact:
