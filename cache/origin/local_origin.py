@@ -68,22 +68,24 @@ def _read(url: str, etag: str, start: int, end: int) -> Buffer:
             _require_same(url, etag, status)
             if end > status.st_size:
                 raise failures.beyond_end(url, start, end, status.st_size)
-            data = bytearray(end - start)
-            got = 0
-            with memoryview(data) as view:
-                while got < len(data):
-                    n = os.preadv(fd, [view[got:]], start + got)
-                    if n == 0:
-                        break
-                    got += n
+            data = _pread(fd, start, end)
             # Again after the last byte: a writer in place may have come between. This order is what makes a mixture visible.
             _require_same(url, etag, os.fstat(fd))
         finally:
             os.close(fd)
     except OSError as e:
         raise _error("read", url, e) from e
-    if got < len(data):
-        raise failures.cut_short(url, start, end, got)
+    if len(data) < end - start:
+        raise failures.cut_short(url, start, end, len(data))
+    return data
+
+
+def _pread(fd: int, start: int, end: int) -> bytes:
+    """The bytes [start, end), fewer only at the end of the file. One call does it but for ranges beyond 2 GiB; a buffer made first would be
+    filled with zeros for nothing."""
+    data = os.pread(fd, end - start, start)
+    while data and len(data) < end - start and (more := os.pread(fd, end - start - len(data), start + len(data))):
+        data += more
     return data
 
 

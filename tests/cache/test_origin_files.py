@@ -6,7 +6,6 @@ import asyncio
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given
@@ -24,17 +23,17 @@ def test_a_file_changed_in_place_while_it_is_read_is_changed(tmp_path: Path, mon
     path = tmp_path / "a"
     path.write_bytes(b"old bytes")
     origin, url = LocalOrigin(), f"file://{path}"
-    preadv = os.preadv
+    pread = os.pread
 
-    def read_then_be_overtaken(fd: int, buffers: list[Any], offset: int) -> int:
-        n = preadv(fd, buffers, offset)
+    def read_then_be_overtaken(fd: int, length: int, offset: int) -> bytes:
+        data = pread(fd, length, offset)
         path.write_bytes(b"new bytes")
         os.utime(path, ns=(1, 1))
-        return n
+        return data
 
     async def main() -> None:
         info = await origin.head(url)
-        monkeypatch.setattr(os, "preadv", read_then_be_overtaken)
+        monkeypatch.setattr(os, "pread", read_then_be_overtaken)
         with pytest.raises(ObjectChanged):
             await origin.get_range(url, info.etag, 0, 9)
 
