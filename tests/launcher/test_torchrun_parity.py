@@ -122,7 +122,9 @@ def test_a_module_is_born_alike(job: Path, tmp_path: Path) -> None:
     extra = {
         "PET_NPROC_PER_NODE": "2",
         "PET_ROLE": "trainer",
-        "PET_RDZV_ID": "job7",
+        "PET_RDZV_ID": "job7",  # torchrun takes it only together with the next two
+        "PET_RDZV_BACKEND": "c10d",
+        "PET_RDZV_ENDPOINT": "localhost:0",
         "OMP_NUM_THREADS": "3",
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
         "NODE_RANK": "5",
