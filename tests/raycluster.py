@@ -17,8 +17,9 @@ import pytest
 _SERVE = """
 import sys
 from ray.cluster_utils import Cluster
-cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "include_dashboard": False})
-cluster.add_node(num_cpus=4, resources={"second": 1})
+first = {"num_cpus": 4, "env_vars": {"RAILHEAD_TEST_NODE": "first"}}
+cluster = Cluster(initialize_head=True, head_node_args={**first, "include_dashboard": False})
+cluster.add_node(num_cpus=4, resources={"second": 1}, env_vars={"RAILHEAD_TEST_NODE": "second"})
 print(cluster.address, flush=True)
 for line in sys.stdin:
     node = cluster.add_node(num_cpus=2, resources={line.strip(): 1})
@@ -32,7 +33,8 @@ CPUS_PER_NODE = 4
 
 @dataclass(frozen=True)
 class RayUnderTest:
-    """A running cluster: 2 nodes of 4 CPUs; one has the resource `second`."""
+    """A running cluster: 2 nodes of 4 CPUs; one has the resource `second`. RAILHEAD_TEST_NODE is `first` or `second` there: both
+    are on one machine, so what must differ between nodes (a cache directory) is told apart by it."""
 
     address: str
     server: subprocess.Popen[str]

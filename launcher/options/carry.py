@@ -2,12 +2,14 @@
 
 On one machine ranks inherit everything. On a cluster the nodes have an environment of their own, which describes the node (PATH, HOME,
 LD_LIBRARY_PATH, CUDA_VISIBLE_DEVICES) and must not be replaced; what a person exports in front of the command is meant for the training
-and is expected there. So settings of libraries go along by prefix, and anything else by `--carry-env NAME,…`.
+and is expected there. So settings of libraries go along by prefix, and anything else by `--carry-env NAME,…` (`AWS_*` for the
+credentials of the data: nodes often have better ones of their own, so these go along only when asked for).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 
 PREFIXES = (
     "NCCL_",
@@ -51,16 +53,18 @@ NEVER = (
 
 
 def carried_environment(environ: Mapping[str, str], asked: Sequence[str]) -> dict[str, str]:
-    """The variables that ranks on other nodes get from here; those `asked` for by name in any case.
+    """The variables that ranks on other nodes get from here; those `asked` for (names, `*` allowed) in any case.
 
     >>> carried_environment({"PATH": "/bin", "NCCL_DEBUG": "INFO", "MY_KEY": "k"}, ["MY_KEY"])
     {'MY_KEY': 'k', 'NCCL_DEBUG': 'INFO'}
+    >>> carried_environment({"AWS_REGION": "eu-west-1", "AWS_PROFILE": "me"}, ["AWS_*"])
+    {'AWS_PROFILE': 'me', 'AWS_REGION': 'eu-west-1'}
     """
     left_to_ray = _LEFT_TO_RAY if "RAY_JOB_CONFIG_JSON_ENV_VAR" in environ else ()
     return {
         name: value
         for name, value in sorted(environ.items())
-        if name in asked or (_is_setting(name) and name not in left_to_ray)
+        if any(fnmatchcase(name, pattern) for pattern in asked) or (_is_setting(name) and name not in left_to_ray)
     }
 
 

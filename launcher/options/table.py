@@ -96,7 +96,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "carry-env",
         PLACE,
-        "Variables that go along to the nodes, besides those of the usual libraries (NCCL_…, TORCH…, HF_…, WANDB_…).",
+        "Variables that go along to the nodes, besides those of the usual libraries (NCCL_…, TORCH…, HF_…, WANDB_…); AWS_* is a name, too.",
         "NAME,…",
         is_ours=True,
     ),
