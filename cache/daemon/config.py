@@ -92,6 +92,6 @@ def format_bytes(count: float) -> str:
 def parse_address(text: str) -> tuple[str, int]:
     """`host:port` (or `:port` for loopback, `[::1]:port`). Raises CacheConfigError."""
     host, _, port = text.rpartition(":")
-    if not port.isdigit() or int(port) > 65535:
+    if not (port.isascii() and port.isdigit()) or int(port) > 65535:
         raise CacheConfigError(f"{text!r} is not an address", advice="write host:port, for instance 127.0.0.1:9400")
     return host.strip("[]") or "127.0.0.1", int(port)

@@ -61,7 +61,7 @@ class Control:
         self.pool = WorkerPool(config.num_workers)
         self.residency = Residency(
             Budget(config.capacity_bytes, config.max_files),
-            limits=Limits(config.max_in_flight, max(1, config.max_in_flight // 4), HEADER_BYTES),
+            limits=Limits(config.max_in_flight, config.max_in_flight // 4, HEADER_BYTES),
             rng=random.Random(),
             num_words=NUM_WORDS,
         )

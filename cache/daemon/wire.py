@@ -65,7 +65,7 @@ class Decoder:
         body_start = _LENGTHS.size + header_len
         try:
             header = json.loads(bytes(self._buffer[_LENGTHS.size : body_start]))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ProtocolError(f"header is not JSON: {error}") from error
         if not isinstance(header, dict):
             raise ProtocolError(f"header is a {type(header).__name__}, not an object")
@@ -84,7 +84,9 @@ def unpack_visits(frame: Frame) -> tuple[list[str], list[tuple[int, int, int]]]:
     """The inverse of pack_visits. Raises ProtocolError when the frame does not hold together."""
     urls = frame.header.get("urls")
     count = frame.header.get("num_visits")
-    if not isinstance(urls, list) or not isinstance(count, int) or len(frame.body) != 24 * count:
+    if not isinstance(urls, list) or not all(isinstance(url, str) for url in urls):
+        raise ProtocolError("an order without the list of its urls")
+    if type(count) is not int or len(frame.body) != 24 * count:
         raise ProtocolError(f"an order of {count} visits in {len(frame.body)} bytes")
     flat = array("q")
     flat.frombytes(frame.body)

@@ -41,6 +41,11 @@ class Budget:
         return self.capacity_bytes - self.used_bytes
 
     @property
+    def is_exceeded(self) -> bool:
+        """The bound was made smaller than what is there."""
+        return self.free_bytes < 0 or self.num_files > self.max_files
+
+    @property
     def held_bytes(self) -> int:
         return sum(ghost.size_bytes for ghost in self.ghosts.values())
 

@@ -91,6 +91,8 @@ class Residency:
         self._room_deadline_s: dict[BlockKey, float] = {}
         self._hints: OrderedDict[BlockKey, None] = OrderedDict()
         self._backlog: deque[BlockKey] = deque()
+        self._opening: set[ExtentId] = set()
+        self._check_queue: deque[BlockKey] = deque()
         self._no_files_until_s = 0.0
         self._disk_error: CacheError | None = None
         self._prefetch_is_stuck = False
@@ -205,6 +207,7 @@ class Residency:
 
     def _open(self, extent: Extent) -> None:
         extent.is_open = True
+        self._opening.discard(extent.key)
         self._publish(extent.owner.word_of_extent(extent.key.extent_idx), extent.generation)
         for block in extent.backlog:
             key = (extent.key.content_id, block)
@@ -269,11 +272,13 @@ class Residency:
         if extent is not None and extent.is_open:
             for block in extent.block_indices:
                 if extent.state(block) in (BlockState.RESIDENT, BlockState.UNVERIFIED):
-                    self._start_check(extent, block)
-                if extent.state(block) in (BlockState.CHECKING, BlockState.VERIFYING):
+                    self._check_queue.append((event.extent.content_id, block))
                     check.missing.add(block)
-        if check.missing:
+                elif extent.state(block) in (BlockState.CHECKING, BlockState.VERIFYING):
+                    check.missing.add(block)
+        if extent is not None and check.missing:
             self._waiting.checks[event.request_id] = check
+            extent.num_waiters += 1
         else:
             self._actions.append(m.Answer(event.request_id))
 
@@ -298,7 +303,8 @@ class Residency:
         self.budget.forget_client(event.client_id)
         for request_id in self._waiting.of_client(event.client_id):
             self._ended(self._waiting.drop(request_id))
-        self._waiting.drop_checks_of(event.client_id)
+        for check in self._waiting.drop_checks_of(event.client_id):
+            self._check_ended(check)
         for content_id, known in self.residents.objects.items():
             if event.client_id in known.clients:
                 known.clients.discard(event.client_id)
@@ -324,8 +330,6 @@ class Residency:
 
     def _capacity_changed(self, event: m.CapacityChanged) -> None:
         self.budget.capacity_bytes = event.capacity_bytes
-        if self.budget.free_bytes < 0:
-            self._make_room(0, 0, own_next_use=-1)
 
     # -- events: workers and time --
 
@@ -363,24 +367,31 @@ class Residency:
             key = (event.extent.content_id, event.block)
             if self._waiting.is_wanted(key):
                 self._demand[key] = None
-        self._actions += self._waiting.checked(event.extent, event.generation, event.block, event.is_sound)
+        for check, answer in self._waiting.checked(event.extent, event.generation, event.block, event.is_sound):
+            self._check_ended(check)
+            self._actions.append(answer)
 
     def _time_passed(self, event: m.TimePassed) -> None:
         self._patience.time_passed(self._now)
-        budget = self.budget
         for key in [key for key, deadline_s in self._room_deadline_s.items() if deadline_s <= self._now]:
-            self.counters.refused_for_room += 1
-            message = (
-                f"no room for block {key[1]}: {budget.used_bytes} of {budget.capacity_bytes} bytes are used, "
-                f"{budget.held_bytes} of them evicted but still open in readers"
-            )
-            advice = "the reader goes on with the origin; a larger --capacity would keep the block"
-            self._fail(key, CapacityError(message, advice=advice))
+            self._refuse_for_room(key)
+
+    def _refuse_for_room(self, key: BlockKey) -> None:
+        self.counters.refused_for_room += 1
+        budget = self.budget
+        message = (
+            f"no room for block {key[1]}: {budget.used_bytes} of {budget.capacity_bytes} bytes are used, "
+            f"{budget.held_bytes} of them evicted but still open in readers"
+        )
+        advice = "the reader goes on with the origin; a larger --capacity would keep the block"
+        self._fail(key, CapacityError(message, advice=advice))
 
     # -- deciding what is next --
 
     def _pump(self) -> None:
-        """Starts what can be started: first what readers wait for, then what they will read, nearest first."""
+        """Starts what can be started: first what readers wait for, then checks, then what readers will read, nearest first."""
+        if self.budget.is_exceeded:
+            self._shrink()
         for key in list(self._demand):
             if self.in_flight >= self.limits.max_in_flight:
                 return
@@ -389,7 +400,11 @@ class Residency:
             if self._start(key, own_next_use=0, is_demand=True):
                 self._demand.pop(key, None)
                 self._room_deadline_s.pop(key, None)
-        while not self._prefetch_is_stuck and self.in_flight < self.limits.max_in_flight - self.limits.demand_reserve:
+        while self._check_queue and self.in_flight < self.limits.max_in_flight:
+            self._start_asked_check(self._check_queue.popleft())
+        # A file that is being opened counts as well: its space is taken, and its blocks follow at once.
+        max_prefetches = self.limits.max_in_flight - self.limits.demand_reserve
+        while not self._prefetch_is_stuck and self.in_flight + len(self._opening) < max_prefetches:
             if not self._start_prefetch():
                 # Looking again costs a look at every extent, so it waits for an event that can change the answer.
                 self._prefetch_is_stuck = True
@@ -424,7 +439,8 @@ class Residency:
             return False
         extent = self.residents.of_block(content_id, block)
         if extent is None:
-            return True
+            # What can never fit must not stand before what can.
+            return self._size_of(content_id, extent_of(block)) <= self.budget.capacity_bytes
         if not extent.is_open:
             return block not in extent.backlog
         return extent.state(block) in (BlockState.ABSENT, BlockState.UNVERIFIED)
@@ -438,6 +454,7 @@ class Residency:
             return is_demand and not self._waiting.is_wanted(key)
         if not extent.is_open:
             if extent.needs_table and not extent.backlog:
+                self._opening.add(extent.key)
                 self._actions.append(m.ReadTable(extent.key, extent.generation))
             if block not in extent.backlog:
                 extent.backlog.append(block)
@@ -452,6 +469,14 @@ class Residency:
             oid, idx = extent.owner.object_id, extent.key.extent_idx
             self._actions.append(m.FetchBlock(oid, idx, extent.generation, block, is_demand))
         return True
+
+    def _start_asked_check(self, key: BlockKey) -> None:
+        extent = self.residents.of_block(*key)
+        # Since it was asked for, its reader may have gone, or another request may have had it checked.
+        if extent is None or not self._waiting.is_check_wanted(extent.key, key[1]):
+            return
+        if extent.state(key[1]) in (BlockState.RESIDENT, BlockState.UNVERIFIED):
+            self._start_check(extent, key[1])
 
     def _start_check(self, extent: Extent, block: int) -> None:
         extent.move(block, BlockMove.CHECK)
@@ -468,16 +493,18 @@ class Residency:
                 self._fail(key, self._disk_error)
             return None
         extent_idx = extent_of(key[1])
-        start, end = extent_span(known.object_id.size_bytes, extent_idx)
-        size = self.limits.header_bytes + end - start + INDEX_BYTES_PER_EXTENT
+        size = self._size_of(key[0], extent_idx)
         if not self._make_room(size, 1, own_next_use):
-            if is_demand:
+            if is_demand and size > self.budget.capacity_bytes:
+                self._refuse_for_room(key)  # Waiting would not help.
+            elif is_demand:
                 self._room_deadline_s.setdefault(key, self._now + STALE_HOLD_S)
             return None
         generation, self._next_generation = self._next_generation, self._next_generation + 1
         extent = self.residents.add_extent(known, extent_idx, generation, size, self._now)
         extent.num_waiters = self._waiting.count_for(extent.key)
         self.budget.take(size)
+        self._opening.add(extent.key)
         self._actions.append(m.CreateExtent(known.object_id, extent_idx, generation))
         return extent
 
@@ -490,14 +517,31 @@ class Residency:
         short = need_bytes - budget.free_bytes - back_bytes
         short_files = need_files - (budget.max_files - budget.num_files) - back_files
         if short > 0 or short_files > 0:
-            candidates = [
-                Candidate(e.key, e.size_bytes, self._next_use_of(e.key), e.last_use_s, bool(e.holders))
-                for e in self.residents.extents.values()
-                if e.is_evictable
-            ]
-            for victim in self._policy.choose(max(short, 1), candidates, own_next_use).victims:
+            for victim in self._policy.choose(short, self._candidates(), own_next_use, short_files).victims:
                 self._evict(self.residents.extents[victim])
         return need_bytes <= budget.free_bytes and budget.num_files + need_files <= budget.max_files
+
+    def _shrink(self) -> None:
+        """The bound was made smaller than what is there: evicts what it can now, the rest when nobody needs it to stay."""
+        budget = self.budget
+        candidates = self._candidates()
+        back_bytes, back_files = budget.expected_back(self._now)
+        short = min(-budget.free_bytes - back_bytes, sum(candidate.size_bytes for candidate in candidates))
+        short_files = min(budget.num_files - budget.max_files - back_files, len(candidates))
+        for victim in self._policy.choose(short, candidates, -1, short_files).victims:
+            self._evict(self.residents.extents[victim])
+
+    def _candidates(self) -> list[Candidate]:
+        return [
+            Candidate(e.key, e.size_bytes, self._next_use_of(e.key), e.last_use_s, bool(e.holders))
+            for e in self.residents.extents.values()
+            if e.is_evictable
+        ]
+
+    def _size_of(self, content_id: str, extent_idx: int) -> int:
+        """What an extent takes of the budget."""
+        start, end = extent_span(self.residents.objects[content_id].object_id.size_bytes, extent_idx)
+        return self.limits.header_bytes + end - start + INDEX_BYTES_PER_EXTENT
 
     def _next_use(self, key: BlockKey) -> float:
         return self._next_use_of(ExtentId(key[0], extent_of(key[1])))
@@ -519,6 +563,7 @@ class Residency:
         self._publish(EVICTION_WORD, self._num_evictions)
         self._actions.append(m.RemoveExtent(extent.key, extent.generation))
         del self.residents.extents[extent.key]
+        self._opening.discard(extent.key)
         if extent.holders:
             self.budget.haunt(extent.key, extent.generation, extent.size_bytes, extent.holders, self._now)
         else:
@@ -558,6 +603,11 @@ class Residency:
                 self._demand.pop(key, None)
                 self._room_deadline_s.pop(key, None)
 
+    def _check_ended(self, check: Check) -> None:
+        extent = self.residents.extents.get(check.event.extent)
+        if extent is not None:
+            extent.num_waiters -= 1
+
     def _finished(self, extent: ExtentId, generation: int) -> Extent:
         state = self.residents.current(extent, generation)
         assert state is not None, f"{extent} (generation {generation}) was removed while a worker had a block of it"
@@ -574,6 +624,8 @@ class Residency:
         if known is None or known.clients or next(self.residents.extents_of(known), None) is not None:
             return
         if not self.lookahead.uses_object(content_id, known.num_extents):
+            for block in range(known.num_blocks):
+                self._hints.pop((content_id, block), None)
             self.residents.forget(known)
 
 

@@ -37,9 +37,12 @@ class Decision:
 
 
 class EvictionPolicy(Protocol):
-    def choose(self, need_bytes: int, candidates: Iterable[Candidate], own_next_use: float) -> Decision:
-        """Victims whose sizes add up to at least `need_bytes`, or none. A victim is never needed sooner than what comes (`own_next_use`
-        visits away; UNKNOWN_USE: a reader without known order is near it, so it may displace what nobody announced)."""
+    def choose(
+        self, need_bytes: int, candidates: Iterable[Candidate], own_next_use: float, need_files: int = 0
+    ) -> Decision:
+        """Victims, at least `need_files` of them, whose sizes add up to at least `need_bytes`, or none. A victim is never needed
+        sooner than what comes (`own_next_use` visits away; UNKNOWN_USE: a reader without known order is near it, so it may displace
+        what nobody announced)."""
         ...
 
 
@@ -54,16 +57,19 @@ class FarthestNextUse:
     'what could go is needed sooner: 10 of 20 bytes could be freed for a use 7 visits away'
     """
 
-    def choose(self, need_bytes: int, candidates: Iterable[Candidate], own_next_use: float) -> Decision:
+    def choose(
+        self, need_bytes: int, candidates: Iterable[Candidate], own_next_use: float, need_files: int = 0
+    ) -> Decision:
         ranked = sorted(candidates, key=lambda c: (-c.next_use, c.is_held, c.last_use_s, c.extent))
         victims: list[ExtentId] = []
         freed = 0
         for candidate in ranked:
-            if freed >= need_bytes or not (candidate.next_use > own_next_use or candidate.next_use == UNKNOWN_USE):
+            is_enough = freed >= need_bytes and len(victims) >= need_files
+            if is_enough or not (candidate.next_use > own_next_use or candidate.next_use == UNKNOWN_USE):
                 break
             victims.append(candidate.extent)
             freed += candidate.size_bytes
-        if freed >= need_bytes:
+        if freed >= need_bytes and len(victims) >= need_files:
             return Decision(tuple(victims), "farthest next use")
         return Decision(
             (),

@@ -27,12 +27,31 @@ class Slots:
         if reusable:
             return reusable.pop()
         if self._end + count > self._num_words:
-            raise CapacityError(
-                f"the table of {self._num_words} residency words is full: {count} more do not fit",
-                advice="close objects that are no longer read",
-            )
+            return self._take_from_rest(count)
         base, self._end = self._end, self._end + count
         return base
 
     def give_back(self, base: int, count: int) -> None:
-        self._free.setdefault(count, []).append(base)
+        if count:
+            self._free.setdefault(count, []).append(base)
+
+    def _take_from_rest(self, count: int) -> int:
+        """The table's end is reached: free neighbours are joined, since objects of other sizes lived there. First fit."""
+        spans: list[tuple[int, int]] = []
+        for base, size in sorted((base, size) for size, bases in self._free.items() for base in bases):
+            if spans and sum(spans[-1]) == base:
+                spans[-1] = (spans[-1][0], spans[-1][1] + size)
+            else:
+                spans.append((base, size))
+        self._free = {}
+        found = None
+        for base, size in spans:
+            taken = count if found is None and size >= count else 0
+            found = base if taken else found
+            self.give_back(base + taken, size - taken)
+        if found is None:
+            raise CapacityError(
+                f"the table of {self._num_words} residency words is full: {count} more do not fit",
+                advice="close objects that are no longer read",
+            )
+        return found

@@ -79,12 +79,16 @@ class Waiting:
     def of_client(self, client_id: str) -> list[int]:
         return [request_id for request_id, want in self.wants.items() if want.event.client_id == client_id]
 
-    def drop_checks_of(self, client_id: str) -> None:
-        self.checks = {key: check for key, check in self.checks.items() if check.event.client_id != client_id}
+    def drop_checks_of(self, client_id: str) -> list[Check]:
+        gone = [request_id for request_id, check in self.checks.items() if check.event.client_id == client_id]
+        return [self.checks.pop(request_id) for request_id in gone]
 
-    def checked(self, extent: ExtentId, generation: int, block: int, is_sound: bool) -> list[m.Answer]:
-        """A block was read back: the checks that this completes."""
-        answers = []
+    def is_check_wanted(self, extent: ExtentId, block: int) -> bool:
+        return any(check.event.extent == extent and block in check.missing for check in self.checks.values())
+
+    def checked(self, extent: ExtentId, generation: int, block: int, is_sound: bool) -> list[tuple[Check, m.Answer]]:
+        """A block was read back: the checks that this completes, each with its answer."""
+        done = []
         for request_id, check in list(self.checks.items()):
             if check.event.extent == extent and block in check.missing:
                 check.missing.discard(block)
@@ -92,5 +96,5 @@ class Waiting:
                 if not check.missing:
                     del self.checks[request_id]
                     cause = "sound" if check.num_rotten == 0 else f"{check.num_rotten} rotten"
-                    answers.append(m.Answer(request_id, generation, cause))
-        return answers
+                    done.append((check, m.Answer(request_id, generation, cause)))
+        return done

@@ -1,0 +1,70 @@
+"""Capacity, and what evicted files that readers hold open take of it."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from cache.blocks import ExtentId
+from cache.residency.budget import STALE_HOLD_S, Budget
+
+X, Y = ExtentId("x", 0), ExtentId("y", 0)
+
+
+def test_an_evicted_file_counts_until_its_last_reader_lets_go() -> None:
+    budget = Budget(100, 10)
+    budget.take(60)
+    budget.haunt(X, 1, 60, Counter({"a": 2, "b": 1}), now=5.0)
+    assert (budget.free_bytes, budget.held_bytes, budget.num_files) == (40, 60, 1)
+    assert not budget.let_go(X, 1, "a") and not budget.let_go(X, 1, "b")
+    assert budget.free_bytes == 40
+    assert budget.let_go(X, 1, "a")
+    assert (budget.free_bytes, budget.held_bytes, budget.num_files) == (100, 0, 0)
+
+
+def test_a_dead_reader_holds_nothing_however_often_it_was_given_the_file() -> None:
+    budget = Budget(100, 10)
+    for extent, holders in ((X, Counter({"dead": 3})), (Y, Counter({"dead": 1, "alive": 1}))):
+        budget.take(30)
+        budget.haunt(extent, 1, 30, holders, now=0.0)
+    budget.forget_client("dead")
+    assert budget.held_bytes == 30 and list(budget.ghosts) == [(Y, 1)]
+    budget.forget_client("alive")
+    assert budget.used_bytes == budget.num_files == 0
+
+
+def test_letting_go_of_what_is_not_held_changes_nothing() -> None:
+    """Messages may come twice, late, or from a reader that was never given the file."""
+    budget = Budget(100, 10)
+    budget.take(60)
+    budget.haunt(X, 1, 60, Counter({"a": 1}), now=0.0)
+    assert not budget.let_go(X, 2, "a") and not budget.let_go(Y, 1, "a") and not budget.let_go(X, 1, "stranger")
+    assert budget.used_bytes == 60 and budget.ghosts[X, 1].holders == Counter({"a": 1})
+    assert budget.let_go(X, 1, "a") and not budget.let_go(X, 1, "a")
+    assert budget.used_bytes == 0
+
+
+@pytest.mark.parametrize(("size", "max_files"), [(101, 10), (1, 0)])
+def test_no_more_than_the_bound_can_be_taken(size: int, max_files: int) -> None:
+    with pytest.raises(AssertionError):
+        Budget(100, max_files).take(size)
+
+
+def test_what_was_found_on_disk_counts_even_beyond_the_bound() -> None:
+    """A capacity that was made smaller between two starts: the files are there all the same."""
+    budget = Budget(100, 1)
+    budget.adopt(80)
+    assert not budget.is_exceeded
+    budget.adopt(80)
+    assert budget.free_bytes == -60 and budget.is_exceeded
+
+
+def test_only_readers_at_work_are_expected_to_let_go_soon() -> None:
+    budget = Budget(100, 10)
+    for extent, since_s in ((X, 0.0), (Y, 1.5)):
+        budget.take(30)
+        budget.haunt(extent, 1, 30, Counter({"a": 1}), now=since_s)
+    assert budget.expected_back(1.9) == (60, 2)
+    assert budget.expected_back(STALE_HOLD_S) == (30, 1)
+    assert budget.expected_back(9.0) == (0, 0)
