@@ -29,7 +29,7 @@ from typing import Any
 from benchmarks import epoch_data, peers
 from benchmarks.epoch_report import render
 from benchmarks.proxy_process import ProxyProcess
-from benchmarks.seaweed import SeaweedServer, aws_environment
+from benchmarks.seaweed import SeaweedServer, WeedMissing, aws_environment
 
 _ROOT = Path(__file__).resolve().parent.parent
 _TRIAL_TIMEOUT_S = 300
@@ -192,7 +192,10 @@ def main(argv: list[str]) -> int:
         loaders=tuple(options.loaders.split(",")),
         workers=tuple(int(n) for n in options.workers.split(",")),
     )
-    results, left_out = run(plan)
+    try:
+        results, left_out = run(plan)
+    except WeedMissing as e:
+        parser.exit(2, f"{e}\n")
     report = render(plan, results, left_out, f"python -m benchmarks.epoch {' '.join(argv)}")
     print(report)
     if options.result is not None:

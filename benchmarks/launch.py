@@ -120,7 +120,7 @@ def ways(address: str) -> tuple[Way, ...]:
         Way(
             "railhead on Ray",
             "`--address`, on the running cluster",
-            one("-m", "launcher", "--address", address, size, "SCRIPT"),
+            one("-m", "launcher", "--address", address, "--carry-env=BENCH_OUT", size, "SCRIPT"),
             needs_ray=True,
         ),
         Way(
@@ -228,7 +228,8 @@ def render(chosen: Sequence[Way], found: Mapping[str, list[Trial]], command: str
         f"Question: how long until {NUM_RANKS} ranks on one machine have reduced a number, and until the command has ended?\n\n"
         f"- Hardware: {hardware()}; load average before and after: {load}\n"
         f"- Versions: {versions(('torch', 'ray', 'railhead'))}\n"
-        f"- Command: `{command}`; {num_rounds} rounds, the ways taking turns in each; one round before to warm up. Medians, and least to most.\n\n"
+        f"- Command: `{command}`; {num_rounds} rounds, the ways taking turns in each, "
+        "after one to warm up. Medians, and least to most.\n\n"
         "| way | first all-reduce (s) | spread (s) | × plain spawn | whole command (s) |\n|---|---|---|---|---|\n"
         + "\n".join(rows)
         + f"\n\n{legend}"

@@ -17,7 +17,7 @@ from statistics import median
 
 from benchmarks.machine import hardware, versions
 from benchmarks.proxy_process import ProxyProcess
-from benchmarks.seaweed import SeaweedServer, aws_environment
+from benchmarks.seaweed import SeaweedServer, WeedMissing, aws_environment
 from cache.origin.ports import Origin
 from cache.origin.registry import close_origins, origin_for
 
@@ -91,6 +91,8 @@ def main(argv: list[str]) -> None:
     directory = Path(tempfile.mkdtemp(prefix="origins-"))
     try:
         rows = run(directory, options.repeats)
+    except WeedMissing as e:
+        parser.exit(2, f"{e}\n")
     finally:
         shutil.rmtree(directory, ignore_errors=True)
     report = (
