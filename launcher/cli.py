@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launcher.errors import EXIT_OK, LauncherError, SpecError
+from launcher.errors import EXIT_INTERNAL, EXIT_OK, EXIT_SIGNAL_BASE, LauncherError, SpecError
 from launcher.spec import Program, ProgramKind
 
 if TYPE_CHECKING:
@@ -29,6 +30,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except LauncherError as error:
         print(f"launcher: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:  # before the controller takes the signals, for example while a cluster is looked for
+        print("launcher: interrupted before anything was started", file=sys.stderr)
+        return EXIT_SIGNAL_BASE + signal.SIGINT
+    except Exception:
+        import traceback
+
+        print(f"launcher: a fault in the launcher; please report it\n{traceback.format_exc()}", end="", file=sys.stderr)
+        return EXIT_INTERNAL
 
 
 def _run(argv: list[str]) -> int:

@@ -13,6 +13,7 @@ from launcher.options.carry import carried_environment
 from launcher.options.devices import visible_count
 from launcher.options.intent import Intent, understand
 from launcher.options.parse import parse
+from launcher.options.table import OPTIONS
 from launcher.spec import CacheOptions, Program, ProgramKind, Stream
 
 
@@ -252,3 +253,34 @@ def test_help_and_version_end_with_0(capsys: pytest.CaptureFixture[str]) -> None
     assert main(["--nnodes", "2", "--help"]) == 0
     assert main(["--version"]) == 0
     assert "railhead 0." in capsys.readouterr().out
+
+
+def test_a_fault_of_ours_ends_with_70_and_its_traceback(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Never 1, which is the code of a script that raised."""
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("ours")
+
+    monkeypatch.setattr("launcher.options.parse.parse", broken)
+    assert main(["train.py"]) == 70
+    err = capsys.readouterr().err
+    assert err.startswith("launcher: a fault in the launcher")
+    assert "RuntimeError: ours" in err
+
+
+def test_an_interrupt_before_anything_was_started_ends_with_130(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("launcher.options.parse.parse", interrupted)
+    assert main(["train.py"]) == 130
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_the_manual_names_every_flag() -> None:
+    manual = (Path(__file__).parents[2] / "docs" / "launcher.md").read_text()
+    assert [option.name for option in OPTIONS if f"`--{option.name}" not in manual] == []
