@@ -1,0 +1,199 @@
+"""Jobs for the tests, by hand and by hypothesis."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from hypothesis import strategies as st
+
+from launcher.k8s.manifest import Rendered, render
+from launcher.k8s.options import (
+    CACHE_PATH,
+    CacheMode,
+    CacheSettings,
+    CacheVolume,
+    KubeJob,
+    KubeOptions,
+    Preload,
+    Scheduler,
+    ScheduleWith,
+    SecretVariable,
+    Submission,
+)
+from launcher.spec import (
+    CacheOptions,
+    JobSpec,
+    LogOptions,
+    Program,
+    ProgramKind,
+    Resources,
+    RestartBudget,
+    Stream,
+    StreamChoice,
+)
+
+IMAGE = "registry.example/train:1.4"
+CACHE_1TB = CacheOptions(CACHE_PATH, "1TiB")
+
+
+def spec(**changes: Any) -> JobSpec:
+    return JobSpec(
+        **{
+            "program": Program(ProgramKind.SCRIPT, "train.py"),
+            "min_nodes": 2,
+            "max_nodes": 2,
+            "nproc_per_node": 8,
+            **changes,
+        }
+    )
+
+
+def kube(**changes: Any) -> KubeOptions:
+    return KubeOptions(**{"name": "resnet", "image": IMAGE, "gpus": 8, "cpus": 80.0, "memory": "512Gi", **changes})
+
+
+def job(spec_changes: Mapping[str, Any] | None = None, **changes: Any) -> KubeJob:
+    return KubeJob(spec(**(spec_changes or {})), kube(**changes))
+
+
+def with_sidecar(**changes: Any) -> KubeJob:
+    return job({"cache": CACHE_1TB}, **{"cache": CacheSettings(CacheMode.SIDECAR), **changes})
+
+
+def ray_job(rendered: Rendered) -> dict[str, Any]:
+    return copy.deepcopy(next(one for one in rendered.objects if one["kind"] == "RayJob"))
+
+
+def good() -> dict[str, Any]:
+    """A RayJob with everything in it, which the tests spoil one rule at a time."""
+    return ray_job(render(with_sidecar()))
+
+
+def group(one: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = one["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]
+    return found
+
+
+def worker(one: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = group(one)["template"]["spec"]
+    return found
+
+
+def head(one: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = one["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
+    return found
+
+
+# Generated jobs. Only what may be combined: refusals have tests of their own.
+
+_words = st.text(
+    st.characters(codec="utf-8", exclude_characters="\n\r\0", exclude_categories=("Cs", "Cc")), max_size=12
+)
+_names = st.from_regex(r"[a-z]([-a-z0-9]{0,20}[a-z0-9])?", fullmatch=True)
+_streams = st.one_of(
+    st.sampled_from(list(Stream)).map(StreamChoice),
+    st.dictionaries(st.integers(0, 15), st.sampled_from(list(Stream)), min_size=1).map(
+        lambda found: StreamChoice(by_local_rank=tuple(found.items()))
+    ),
+)
+
+
+@st.composite
+def specs(draw: st.DrawFn) -> JobSpec:
+    least = draw(st.integers(1, 6))
+    kind = draw(st.sampled_from(ProgramKind))
+    show_all = draw(st.booleans())
+    ranks = st.frozensets(st.integers(0, 40), max_size=4)
+    return JobSpec(
+        program=Program(
+            kind,
+            draw(st.sampled_from(["train.py", "a/b c.py", "-odd", "it's"])),
+            tuple(draw(st.lists(_words, max_size=4))),
+        ),
+        min_nodes=least,
+        max_nodes=least + draw(st.integers(0, 3)),
+        nproc_per_node=draw(st.sampled_from([1, 2, 4, 8])),
+        resources=Resources(
+            draw(st.sampled_from([None, 0.5, 2.0])),
+            draw(st.sampled_from([None, 0.5, 1.0])),
+            draw(st.sampled_from([(), (("rdma", 1.0),)])),
+        ),
+        restarts=RestartBudget(draw(st.integers(0, 9))),
+        logs=LogOptions(
+            log_dir=draw(st.none() | st.sampled_from(["/railhead/runs", "-x", "a b"])),
+            show_all=show_all,
+            show_ranks=None if show_all else draw(st.none() | ranks),
+            redirects=draw(_streams),
+            tee=draw(_streams),
+            local_ranks_filter=draw(st.none() | st.frozensets(st.integers(0, 9), min_size=1, max_size=3)),
+            line_prefix_template=draw(st.none() | st.just("-[${rank}] ")),
+            duplicate_stdout_filters=draw(st.sampled_from([(), ("loss", "a,b")])),
+        ),
+        role=draw(st.sampled_from(["default", "trainer"])),
+        run_id=draw(st.sampled_from(["none", "r1"])),
+        master_port=draw(st.none() | st.integers(1, 65535)),
+        virtual_local_rank=draw(st.booleans()),
+        shutdown_timeout_s=draw(st.sampled_from([30.0, 0.5, 120.0])),
+        place_timeout_s=draw(st.sampled_from([300.0, 7200.0])),
+        signals_to_handle=draw(st.sampled_from([JobSpec.signals_to_handle, ("SIGTERM",)])),
+    )
+
+
+@st.composite
+def jobs(draw: st.DrawFn) -> KubeJob:
+    mode = draw(st.sampled_from(CacheMode))
+    base = draw(specs())
+    if mode is not CacheMode.NONE:
+        base = JobSpec(
+            **{**vars(base), "cache": CacheOptions(CACHE_PATH, draw(st.sampled_from(["64MiB", "500GB", "1.5TiB"])))}
+        )
+    data = ("s3://bucket/train",) if mode is not CacheMode.NONE and draw(st.booleans()) else ()
+    scheduler = draw(st.sampled_from(Scheduler))
+    submission = Submission.SIDECAR if scheduler is Scheduler.KAI else draw(st.sampled_from(Submission))
+    fabric = draw(st.sampled_from(["none", "ib", "roce", "roce-host", "efa", "gke-rdma", "azure", "oci", "coreweave"]))
+    schedule = draw(st.none() | st.just("0 2 * * *"))
+    return KubeJob(
+        base,
+        KubeOptions(
+            name=draw(_names),
+            image=IMAGE,
+            gpus=8,
+            cpus=draw(st.sampled_from([80.0, 190.0])),
+            memory=draw(st.sampled_from(["64Gi", "1Ti"])),
+            spares=draw(st.integers(0, 2)),
+            labels=draw(st.sampled_from([{}, {"team": "vision"}])),
+            image_pull_secrets=draw(st.sampled_from([(), ("pull",)])),
+            priority_class=draw(st.none() | st.just("high")),
+            instance_type="p5.48xlarge" if fabric == "efa" else None,
+            tolerations=draw(st.sampled_from([(), ({"key": "gpu", "operator": "Exists"},)])),
+            secret_env=draw(st.sampled_from([(), (SecretVariable("AWS_SECRET_ACCESS_KEY", "s3", "secret"),)])),
+            env_from_secrets=draw(st.sampled_from([(), ("s3",)])),
+            working_dir=draw(st.none() | st.just("s3://bucket/code.zip")),
+            files=draw(st.sampled_from([{}, {"train.py": "print(1)\n"}])),
+            data=data,
+            cache=CacheSettings(
+                mode,
+                draw(st.sampled_from(CacheVolume)),
+                storage_class=draw(st.none() | st.just("fast")),
+                preload=draw(st.sampled_from(Preload)) if data else Preload.NONE,
+            ),
+            fabric=fabric,
+            fabric_networks=("rail-0", "rail-1") if fabric == "roce" else (),
+            scheduler=scheduler,
+            queue="research" if scheduler is not Scheduler.NONE else None,
+            submission=submission,
+            autoscale=scheduler is not Scheduler.KUEUE and draw(st.booleans()),
+            spot=draw(st.booleans()),
+            deadline_s=draw(st.none() | st.just(86400)),
+            start_deadline_s=draw(st.none() | st.just(3600)),
+            cluster_retries=draw(st.integers(0, 2)),
+            schedule=schedule,
+            schedule_with=draw(st.sampled_from(ScheduleWith)) if scheduler is Scheduler.NONE else ScheduleWith.CRON_JOB,
+            feature_gates=("RayCronJob",),
+            disruption_budget=draw(st.booleans()),
+            network_policy=draw(st.booleans()),
+            pod_monitor=draw(st.booleans()),
+        ),
+    )
