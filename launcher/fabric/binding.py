@@ -125,11 +125,15 @@ def parse_cpu_list(text: str) -> tuple[int, ...] | None:
     for part in text.strip().split(","):
         if not part:
             continue
-        first, _, last = part.partition("-")
-        if not first.isdigit() or (last and not last.isdigit()):
+        first, dash, last = part.partition("-")
+        if not _is_number(first) or (dash and not _is_number(last)):
             return None
         low, high = int(first), int(last or first)
         if high < low or high - low > 65536:
             return None
         found.extend(range(low, high + 1))
     return tuple(found)
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) < 9

@@ -106,15 +106,19 @@ def rdma_absent(view: View) -> list[Finding]:
 def rdma_host_network_vf(view: View) -> list[Finding]:
     facts = view.facts
     functions = [
-        hca for hca in facts.hcas if (device := facts.pci_of(hca.pci)) is not None and device.physfn is not None
+        hca.name
+        for hca in facts.hcas
+        if hca.name in view.env.hcas.hcas
+        and (device := facts.pci_of(hca.pci)) is not None
+        and device.physfn is not None
     ]
-    if facts.kubernetes.is_host_network is not True or not functions or len(functions) < len(facts.hcas):
+    if facts.kubernetes.is_host_network is not True or not functions or len(functions) < len(view.env.hcas.hcas):
         return []
     return [
         view.finding(
             "rdma-host-network-vf",
             Severity.ERROR,
-            f"hostNetwork pod with virtual functions only ({', '.join(hca.name for hca in functions[:4])})",
+            f"hostNetwork pod with virtual functions only ({', '.join(functions[:4])})",
             "virtual functions are addressed in the pod's own network; with hostNetwork their peers cannot be reached",
             "drop hostNetwork and attach the functions with Multus, or use the physical functions with hostNetwork",
         )

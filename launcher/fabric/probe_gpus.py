@@ -65,11 +65,11 @@ def read_nvml(nvml: Any = None) -> NvmlReading:
     try:
         return _read_all(nvml)
     finally:
-        _ask(nvml.nvmlShutdown)
+        _ask(nvml, "nvmlShutdown")
 
 
 def _read_all(nvml: Any) -> NvmlReading:
-    count = _ask(nvml.nvmlDeviceGetCount)
+    count = _ask(nvml, "nvmlDeviceGetCount")
     gpus, unread = [], []
     for index in range(count or 0):
         try:
@@ -77,30 +77,30 @@ def _read_all(nvml: Any) -> NvmlReading:
         except Exception as error:  # a lost GPU must not hide the others
             unread.append(f"nvml: GPU {index}: {error}")
             gpus.append(Gpu(index))
-    cuda = _ask(nvml.nvmlSystemGetCudaDriverVersion)
+    cuda = _ask(nvml, "nvmlSystemGetCudaDriverVersion")
     return NvmlReading(
         tuple(gpus),
-        _text(_ask(nvml.nvmlSystemGetDriverVersion)),
+        _text(_ask(nvml, "nvmlSystemGetDriverVersion")),
         f"{cuda // 1000}.{cuda % 1000 // 10}" if isinstance(cuda, int) else None,
         tuple(unread),
     )
 
 
 def _read_gpu(nvml: Any, handle: Any, index: int) -> Gpu:
-    pci = _ask(nvml.nvmlDeviceGetPciInfo, handle)
-    memory = _ask(nvml.nvmlDeviceGetMemoryInfo, handle)
-    mig = _ask(nvml.nvmlDeviceGetMigMode, handle)
-    remapped = _ask(nvml.nvmlDeviceGetRemappedRows, handle)
+    pci = _ask(nvml, "nvmlDeviceGetPciInfo", handle)
+    memory = _ask(nvml, "nvmlDeviceGetMemoryInfo", handle)
+    mig = _ask(nvml, "nvmlDeviceGetMigMode", handle)
+    remapped = _ask(nvml, "nvmlDeviceGetRemappedRows", handle)
     links, active = _nvlinks(nvml, handle)
     state, cluster, clique = _fabric(nvml, handle)
-    reasons = _ask(nvml.nvmlDeviceGetCurrentClocksEventReasons, handle)
+    reasons = _ask(nvml, "nvmlDeviceGetCurrentClocksEventReasons", handle)
     if reasons is None:
-        reasons = _ask(nvml.nvmlDeviceGetCurrentClocksThrottleReasons, handle)
+        reasons = _ask(nvml, "nvmlDeviceGetCurrentClocksThrottleReasons", handle)
     return Gpu(
         index=index,
         pci=bus_id(_text(getattr(pci, "busId", None))),
-        uuid=_text(_ask(nvml.nvmlDeviceGetUUID, handle)),
-        name=_text(_ask(nvml.nvmlDeviceGetName, handle)),
+        uuid=_text(_ask(nvml, "nvmlDeviceGetUUID", handle)),
+        name=_text(_ask(nvml, "nvmlDeviceGetName", handle)),
         memory_bytes=_integer(getattr(memory, "total", None)),
         is_mig=bool(mig[0]) if isinstance(mig, (list, tuple)) and mig else None,
         num_nvlinks=links,
@@ -108,22 +108,22 @@ def _read_gpu(nvml: Any, handle: Any, index: int) -> Gpu:
         fabric_state=state,
         cluster_uuid=cluster,
         clique_id=clique,
-        num_ecc_uncorrected=_integer(_ask(nvml.nvmlDeviceGetTotalEccErrors, handle, 1, 0)),
+        num_ecc_uncorrected=_integer(_ask(nvml, "nvmlDeviceGetTotalEccErrors", handle, 1, 0)),
         is_remap_pending=bool(remapped[2]) if isinstance(remapped, (list, tuple)) and len(remapped) == 4 else None,
         is_remap_failed=bool(remapped[3]) if isinstance(remapped, (list, tuple)) and len(remapped) == 4 else None,
         recovery_action=_recovery_action(nvml, handle),
         throttle_reasons=_reasons(reasons),
-        pcie_gen=_integer(_ask(nvml.nvmlDeviceGetCurrPcieLinkGeneration, handle)),
-        max_pcie_gen=_integer(_ask(nvml.nvmlDeviceGetMaxPcieLinkGeneration, handle)),
-        pcie_width=_integer(_ask(nvml.nvmlDeviceGetCurrPcieLinkWidth, handle)),
-        max_pcie_width=_integer(_ask(nvml.nvmlDeviceGetMaxPcieLinkWidth, handle)),
+        pcie_gen=_integer(_ask(nvml, "nvmlDeviceGetCurrPcieLinkGeneration", handle)),
+        max_pcie_gen=_integer(_ask(nvml, "nvmlDeviceGetMaxPcieLinkGeneration", handle)),
+        pcie_width=_integer(_ask(nvml, "nvmlDeviceGetCurrPcieLinkWidth", handle)),
+        max_pcie_width=_integer(_ask(nvml, "nvmlDeviceGetMaxPcieLinkWidth", handle)),
     )
 
 
 def _nvlinks(nvml: Any, handle: Any) -> tuple[int | None, int | None]:
     states = []
     for link in range(getattr(nvml, "NVML_NVLINK_MAX_LINKS", 18)):
-        state = _ask(nvml.nvmlDeviceGetNvLinkState, handle, link)
+        state = _ask(nvml, "nvmlDeviceGetNvLinkState", handle, link)
         if state is None:
             # Numbers beyond the last link, and cards without NVLink, answer with an error.
             break
@@ -137,10 +137,10 @@ def _fabric(nvml: Any, handle: Any) -> tuple[str | None, str | None, int | None]
         nvml.nvmlDeviceGetGpuFabricInfoV(handle, ctypes.byref(info) if isinstance(info, ctypes.Structure) else info)
         return info
 
-    info = _ask(query)
+    info = _try(query)
     if info is None:
         return None, None, None
-    raw = _ask(lambda: bytes(info.clusterUuid))
+    raw = _try(lambda: bytes(info.clusterUuid))
     is_set = raw is not None and len(raw) == 16 and any(raw)
     cluster = str(uuid.UUID(bytes=raw)) if is_set and raw is not None else None
     clique = _integer(getattr(info, "cliqueId", None)) if is_set else None
@@ -151,11 +151,11 @@ def _recovery_action(nvml: Any, handle: Any) -> str | None:
     field = getattr(nvml, "NVML_FI_DEV_GET_GPU_RECOVERY_ACTION", None)
     if field is None:
         return None
-    values = _ask(nvml.nvmlDeviceGetFieldValues, handle, [field])
+    values = _ask(nvml, "nvmlDeviceGetFieldValues", handle, [field])
     value = values[0] if values is not None and len(values) == 1 else None
     if value is None or getattr(value, "nvmlReturn", 1) != 0:
         return None
-    number = _integer(_ask(lambda: value.value.uiVal))
+    number = _integer(_try(lambda: value.value.uiVal))
     return None if number is None else RECOVERY_ACTIONS.get(number, f"unknown action {number}")
 
 
@@ -188,10 +188,14 @@ def bus_id(text: str | None) -> str | None:
     return f"{int(match.group(1), 16):04x}:{match.group(2)}"
 
 
-def _ask(question: Callable[..., T], *arguments: Any) -> T | None:
-    """One question to NVML; None if it has no answer."""
+def _ask(nvml: Any, question: str, *arguments: Any) -> Any:
+    """One question to NVML; None if it has no answer, or if this nvidia-ml-py does not know the question."""
+    return _try(lambda: getattr(nvml, question)(*arguments))
+
+
+def _try(question: Callable[[], T]) -> T | None:
     try:
-        return question(*arguments)
+        return question()
     except Exception:  # NVMLError of many kinds, ctypes errors of old libraries
         return None
 
