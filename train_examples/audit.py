@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
@@ -28,11 +29,15 @@ class AuditLog:
             Path(directory).mkdir(parents=True, exist_ok=True)
             path = Path(directory) / f"{start_id:020}-rank{rank:05}.jsonl"
             self._file = path.open("w", buffering=1)  # line by line: a killed rank leaves whole lines
-            self._file.write(json.dumps({"start_id": start_id, "rank": rank, **header}) + "\n")
+            self._file.write(json.dumps({"start_id": start_id, "rank": rank, "pid": os.getpid(), **header}) + "\n")
 
     def record(self, epoch: int, step: int, samples: list[int], loss: float) -> None:
         if self._file is not None:
             self._file.write(json.dumps({"epoch": epoch, "step": step, "samples": samples, "loss": loss.hex()}) + "\n")
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
 
 
 @dataclass

@@ -219,6 +219,7 @@ def main() -> None:
         bits = bits_per_token(model, val, args.eval_windows, world, bf16)
         world.say(f"evaluation: {bits:.3f} bits per {'byte' if args.vocab_size == 256 else 'token'}")
     account.report(loader)
+    audit.close()
     loader.close()
     cache.close()
     leave_world()

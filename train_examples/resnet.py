@@ -255,6 +255,7 @@ def main() -> None:
     if last_step == total_steps:
         world.say(f"final test accuracy {100 * accuracy(model, test, world, bf16):.2f} %")
     account.report(loader)
+    audit.close()
     loader.close()
     cache.close()
     leave_world()
