@@ -169,9 +169,10 @@ def test_a_fault_reaches_the_client_as_what_it_is(proxy: ProxyProcess, fault: st
     """And only as often as told: the second try of the same range passes."""
     settings, expected = BROKEN[fault]
     proxy.set(**{f"{fault}_share": 1.0}, **settings, faults_per_range=1)
-    quick = OriginOptions(read_timeout_s=0.4, request_timeout_s=1)
+    # Only what never ends needs to be given up soon; a busy machine must not look like a fault.
+    quick = OriginOptions(read_timeout_s=0.4, request_timeout_s=1) if fault in ("stall", "trickle") else OriginOptions()
     assert expected(fetch(proxy, 0, 100_000, quick))
-    assert fetch(proxy, 0, 100_000, quick) == DATA[:100_000]
+    assert fetch(proxy, 0, 100_000) == DATA[:100_000]
     assert proxy.counters()["faults"] == {fault: 1}
 
 
