@@ -74,7 +74,8 @@ def _send(connection: Connection, message: object) -> None:
 
 def main() -> None:
     # The parent says when to stop; a Ctrl-C in a terminal that started the node is not meant for us.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # (A handler, not SIG_IGN, which the ranks would inherit.)
+    signal.signal(signal.SIGINT, lambda *_: None)
     host = AgentHost(Connection(int(sys.argv[1])), Connection(int(sys.argv[2])))
     host.serve()
     # Threads that still wait for a reader of output would keep us.
