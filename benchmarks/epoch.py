@@ -26,6 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from benchmarks import epoch_data, peers
 from benchmarks.epoch_report import render
 from benchmarks.proxy_process import ProxyProcess
@@ -153,7 +155,10 @@ def run(plan: Plan) -> tuple[list[dict[str, Any]], dict[str, str]]:
                 for repeat in range(plan.repeats):
                     order = random.Random(plan.seed + repeat).sample(trials, len(trials))
                     for name, num_workers in order:
+                        # How busy others keep the machine while we do nothing: the page says how quiet it was.
+                        others = psutil.cpu_percent(interval=1.0) / 100
                         result = trial(plan, name, num_workers, description, proxy, plan.seed + repeat)
+                        result["others_busy"] = others
                         say(f"{repeat + 1}/{plan.repeats} {name:20s} {num_workers} workers: {_in_short(result)}")
                         results.append(result)
             return results, left_out

@@ -58,6 +58,7 @@ def render(plan: Plan, results: list[dict[str, Any]], left_out: dict[str, str], 
         for (name, workers), found in errors.items()
         if found
     )
+    others = sorted(result.get("others_busy", 0.0) for result in results) or [0.0]
     demand = plan.batch_size * plan.sample_bytes / plan.compute_s
     return (
         "# How busy does each loader keep the accelerator?\n\n"
@@ -66,7 +67,8 @@ def render(plan: Plan, results: list[dict[str, Any]], left_out: dict[str, str], 
         f"(demand {demand / 1e6:.0f} MB/s). Origin: SeaweedFS behind the shaping proxy: {plan.first_byte_s * 1e3:.0f} ms to the first "
         f"byte, {plan.rate_per_connection / 1e6:.0f} MB/s per connection, {plan.rate_total / 1e6:.0f} MB/s in all.\n\n"
         f"- Hardware: {hardware()}\n- Versions: {versions(_PACKAGES)}\n- Command: `{command}`\n"
-        f"- {plan.repeats} interleaved repeats; medians, with the range in brackets. Raw numbers: the .json beside this file.\n\n"
+        f"- {plan.repeats} interleaved repeats; medians, with the range in brackets. Raw numbers: the .json beside this file.\n"
+        f"- Other programs kept the cores {median(others):.0%} busy [{others[0]:.0%}–{others[-1]:.0%}] in the second before each trial.\n\n"
         f"{_HEAD}{chr(10).join(lines)}\n\n"
         "busy: share of the time in which the accelerator computes. cold: nothing cached, from building the data set to the last step. "
         "warm: the next epoch of the same process. × memory: busy, divided by that of the in-memory loader. CPU: the trial with its "
