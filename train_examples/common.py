@@ -3,14 +3,18 @@ model."""
 
 from __future__ import annotations
 
+import copy
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from cache.client import Cache
 from cache.client.datasets import ShardDataset
@@ -62,6 +66,23 @@ def join_world() -> World:
 def leave_world() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def parallel(model: nn.Module, world: World, example_loss: Callable[[nn.Module], torch.Tensor]) -> nn.Module:
+    """The model under DistributedDataParallel, with its gradient buckets in their final arrangement.
+
+    DDP arranges its buckets anew after the first backward pass, and over three or more ranks another arrangement adds gradients up in
+    another order: the first step after a resume would round differently than the same step of an uninterrupted run. So one pass is
+    made before the first step and leaves no trace. `example_loss` is a loss of any input of the right shape.
+    """
+    if world.world_size == 1:
+        return model
+    before = copy.deepcopy(model.state_dict())
+    ddp = DistributedDataParallel(model)
+    example_loss(ddp).backward()
+    model.zero_grad(set_to_none=True)
+    model.load_state_dict(before)
+    return ddp
 
 
 def use_bf16(world: World, precision: str) -> bool:

@@ -25,7 +25,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812  its name everywhere
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Subset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, so that its siblings are found
@@ -34,7 +33,7 @@ from cache.client.datasets import TokenDataset, window_to_tensors
 from cache.client.loader import ElasticLoader
 from cache.client.sampler import ElasticBatchSampler
 from train_examples.audit import AuditLog
-from train_examples.common import Account, Checkpoints, World, join_world, leave_world, use_bf16
+from train_examples.common import Account, Checkpoints, World, join_world, leave_world, parallel, use_bf16
 
 
 def arguments() -> argparse.Namespace:
@@ -175,7 +174,8 @@ def main() -> None:
         optimizer.load_state_dict(saved["optimizer"])
         loader.load_state_dict(saved["loader"])
         world.say(f"resumed at epoch {loader.epoch}, step {loader.step}")
-    ddp = DistributedDataParallel(model) if world.world_size > 1 else model
+    blank = torch.zeros(1, args.seq_len, dtype=torch.long)
+    ddp = parallel(model, world, lambda ddp: loss_of(ddp, blank, blank, world, bf16))
     audit = AuditLog(
         args.audit_dir,
         start_id=world.gather(time.time_ns())[0],

@@ -25,7 +25,6 @@ import torch
 import torch.nn.functional as F  # noqa: N812  its name everywhere
 from PIL import Image
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Subset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, so that its siblings are found
@@ -35,7 +34,7 @@ from cache.client.formats.tar import TarFormat
 from cache.client.loader import ElasticLoader
 from cache.client.sampler import ElasticBatchSampler
 from train_examples.audit import AuditLog
-from train_examples.common import Account, Checkpoints, World, join_world, leave_world, use_bf16
+from train_examples.common import Account, Checkpoints, World, join_world, leave_world, parallel, use_bf16
 
 # Blocks of each stage; from 50 on they are bottlenecks (He et al., "Deep Residual Learning for Image Recognition", table 1).
 STAGES = {
@@ -130,6 +129,12 @@ def conv(channels_in: int, channels_out: int, size: int, stride: int) -> nn.Conv
     return nn.Conv2d(channels_in, channels_out, size, stride, padding=size // 2, bias=False)
 
 
+def loss_of(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, world: World, bf16: bool) -> torch.Tensor:
+    """Mean cross entropy of a batch of images, which come as bytes."""
+    with torch.autocast(world.device.type, torch.bfloat16, enabled=bf16):
+        return F.cross_entropy(model(to_input(images, world.device)), labels.to(world.device, non_blocking=True))
+
+
 # --- data -----------------------------------------------------------------------------------------------------------------------
 
 
@@ -205,7 +210,8 @@ def main() -> None:
         optimizer.load_state_dict(saved["optimizer"])
         loader.load_state_dict(saved["loader"])
         world.say(f"resumed at epoch {loader.epoch}, step {loader.step}")
-    ddp = DistributedDataParallel(model) if world.world_size > 1 else model
+    blank = torch.zeros(2, args.channels, args.image_size, args.image_size, dtype=torch.uint8)
+    ddp = parallel(model, world, lambda ddp: loss_of(ddp, blank, torch.zeros(2, dtype=torch.long), world, bf16))
     audit = AuditLog(
         args.audit_dir,
         start_id=world.gather(time.time_ns())[0],
@@ -231,9 +237,7 @@ def main() -> None:
             done = epoch * len(loader) + step
             for group in optimizer.param_groups:
                 group["lr"] = one_cycle(done / total_steps, args.lr)
-            with torch.autocast(world.device.type, torch.bfloat16, enabled=bf16):
-                logits = ddp(to_input(images, world.device))
-                loss = F.cross_entropy(logits, labels.to(world.device, non_blocking=True))
+            loss = loss_of(ddp, images, labels, world, bf16)
             if args.audit_dir:
                 audit.record(epoch, step, samples.tolist(), loss.item())
             optimizer.zero_grad(set_to_none=True)

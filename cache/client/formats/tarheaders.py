@@ -182,9 +182,7 @@ class _HeaderReader:
 def _parse(block: bytes, url: str, position: int) -> _Header:
     stored = _number(block[148:156], url, position, "checksum")
     unsigned = sum(block) - sum(block[148:156]) + 8 * 0x20
-    # Some old writers summed signed chars; then every byte ≥ 128 counts 256 less.
-    signed = unsigned - 256 * sum(byte >= 0x80 for byte in block[:148] + block[156:])
-    if stored not in (unsigned, signed):
+    if stored != unsigned and stored != _signed_sum(block):
         raise _error(
             url,
             position,
@@ -201,13 +199,19 @@ def _parse(block: bytes, url: str, position: int) -> _Header:
     return _Header(name, size, kind, is_extended_sparse=kind == b"S" and block[482] != 0)
 
 
+def _signed_sum(block: bytes) -> int:
+    """The checksum as some old writers made it, of signed chars: every byte ≥ 128 counts 256 less."""
+    signed = sum(byte - 256 if byte >= 0x80 else byte for byte in block[:148] + block[156:])
+    return signed + 8 * 0x20
+
+
 def _number(field: bytes, url: str, position: int, what: str) -> int:
     """An octal number with blanks around it, or, with the top bit set, a binary one (GNU, star)."""
     if field[0] == 0x80:
         return int.from_bytes(field[1:], "big")
     text = field.split(b"\0")[0].strip()
     # int() alone would accept signs, underscores and other digits.
-    if any(byte not in b"01234567" for byte in text):
+    if text.strip(b"01234567"):
         raise _error(
             url, position, f"not a tar header: its {what} reads {field!r}", "the shard is damaged, or not a tar archive"
         )
