@@ -35,6 +35,7 @@ class Peer(Protocol):
     def connect(self, targets: Sequence[Endpoint], timeout_s: float = ...) -> list[Connection]: ...
     def datagrams(self, targets: Sequence[Endpoint], timeout_s: float = ...) -> list[DatagramOutcome]: ...
     def transfer(self, target: Endpoint, seconds: float) -> float: ...
+    def compute(self) -> dict[str, float]: ...
 
 
 @dataclass(frozen=True)
@@ -48,74 +49,111 @@ class Report:
     transfers: tuple[preflight.Transfer, ...]
 
 
-def conduct(peers: Sequence[Peer], hosts: Sequence[str], *, transfer_s: float = TRANSFER_S) -> Report:
-    """Measures every node of the gang against the others. Blocks for some seconds; nothing is left running."""
+def conduct(
+    peers: Sequence[Peer], hosts: Sequence[str], *, transfer_s: float = TRANSFER_S, with_compute: bool = False
+) -> Report:
+    """Measures every node of the gang against the others. Blocks for some seconds; nothing is left running.
+
+    `with_compute` also compares how fast the nodes' processors are; leave it out where nodes share a machine.
+    """
     with ThreadPoolExecutor(max_workers=max(1, len(peers)), thread_name_prefix="preflight") as pool:
-        return _conduct(peers, hosts, transfer_s, pool)
-
-
-def _conduct(peers: Sequence[Peer], hosts: Sequence[str], transfer_s: float, pool: ThreadPoolExecutor) -> Report:
-    endpoints = _all(pool, [peer.endpoint for peer in peers])
-    others = [[target for target in range(len(peers)) if target != source] for source in range(len(peers))]
-
-    def targets(source: int) -> list[Endpoint]:
-        return [endpoints[target] for target in others[source]]
-
-    connections = _all(pool, [_connect(peer, targets(source)) for source, peer in enumerate(peers)])
-    reaches = [
-        preflight.Reach(source, target, outcome.is_ok, outcome.problem, outcome.clock_offset_s)
-        for source, outcomes in enumerate(connections)
-        for target, outcome in zip(others[source], outcomes, strict=True)
-    ]
-    lost = {(item.source, item.target) for item in reaches if not item.is_ok}
-    reached = [[target for target in others[source] if (source, target) not in lost] for source in range(len(peers))]
-    answers = _all(
-        pool,
-        [_datagrams(peers[source], [endpoints[target] for target in reached[source]]) for source in range(len(peers))],
-    )
-    datagrams = [
-        preflight.Datagrams(source, target, outcome.size, outcome.is_small_ok, outcome.is_large_ok)
-        for source, outcomes in enumerate(answers)
-        for target, outcome in zip(reached[source], outcomes, strict=True)
-    ]
-    mtu = preflight.datagram_findings(datagrams, hosts)
-    # Large transfers hang where full-size packets are dropped; the reason is known already.
-    dead = lost | {(item.source, item.target) for item in datagrams if item.is_small_ok and not item.is_large_ok}
-    transfers = _measure(peers, endpoints, preflight.schedule(len(peers)), dead, transfer_s, pool)
-    first = preflight.suspects(transfers)
-    again: list[preflight.Transfer] = []
-    if first:
+        gang = _Gang(peers, _all(pool, [peer.endpoint for peer in peers]), pool)
+        reaches = gang.reach()
+        lost = {(item.source, item.target) for item in reaches if not item.is_ok}
+        datagrams = gang.datagrams(lost)
+        # Large transfers hang where full-size packets are dropped; the reason is known already.
+        dead = lost | {(item.source, item.target) for item in datagrams if item.is_small_ok and not item.is_large_ok}
+        rounds = preflight.schedule(len(peers))
+        transfers = gang.measure(rounds, dead, transfer_s)
+        first = preflight.suspects(transfers)
         # Longer: what one stumble of TCP did in the first round weighs less.
-        rounds = preflight.retests(first, transfers)
-        again = _measure(peers, endpoints, rounds, dead, RETEST_FACTOR * transfer_s, pool)
-    slow = preflight.confirmed(first, transfers, again)
-    addresses = [endpoint.address for endpoint in endpoints]
-    found = [*preflight.reach_findings(reaches, hosts, addresses), *mtu, *preflight.slow_findings(slow, hosts)]
-    found += preflight.broken_findings(preflight.schedule(len(peers)), dead, transfers, hosts)
+        again = gang.measure(preflight.retests(first, transfers), dead, RETEST_FACTOR * transfer_s) if first else []
+        slow = preflight.confirmed(first, transfers, again)
+        found = [
+            *preflight.reach_findings(reaches, hosts, [endpoint.address for endpoint in gang.endpoints]),
+            *preflight.datagram_findings(datagrams, hosts),
+            *preflight.slow_findings(slow, hosts),
+            *preflight.broken_findings(rounds, dead, transfers, hosts),
+            *(gang.compute_findings(hosts) if with_compute else ()),
+        ]
     return Report(tuple(found), tuple(sorted(slow.nodes)), tuple(sorted(lost)), (*transfers, *again))
 
 
-def _measure(
-    peers: Sequence[Peer],
-    endpoints: Sequence[Endpoint],
-    rounds: Sequence[Sequence[tuple[int, int]]],
-    dead: set[tuple[int, int]],
-    transfer_s: float,
-    pool: ThreadPoolExecutor,
-) -> list[preflight.Transfer]:
-    """Each round one way, then the other; pairs of one round at the same time, because they share no node."""
-    found: list[preflight.Transfer] = []
-    for pairs in rounds:
-        for ways in (pairs, [(target, source) for source, target in pairs]):
-            ways = [way for way in ways if way not in dead]
-            rates = _all(pool, [_transfer(peers[source], endpoints[target], transfer_s) for source, target in ways])
-            found += [
-                # 0 is a transfer that broke: it says nothing about speed.
-                preflight.Transfer(source, target, rate)
-                for (source, target), rate in zip(ways, rates, strict=True)
-                if rate > 0
-            ]
-    return found
+@dataclass(frozen=True)
+class _Gang:
+    """The peers with their endpoints, and the threads that talk to them all at once."""
+
+    peers: Sequence[Peer]
+    endpoints: Sequence[Endpoint]
+    pool: ThreadPoolExecutor
+
+    def others(self, source: int) -> list[int]:
+        return [target for target in range(len(self.peers)) if target != source]
+
+    def reach(self) -> list[preflight.Reach]:
+        """Everyone connects to everyone."""
+        answers = _all(
+            self.pool,
+            [
+                _connect(peer, [self.endpoints[target] for target in self.others(source)])
+                for source, peer in enumerate(self.peers)
+            ],
+        )
+        return [
+            preflight.Reach(source, target, outcome.is_ok, outcome.problem, outcome.clock_offset_s)
+            for source, outcomes in enumerate(answers)
+            for target, outcome in zip(self.others(source), outcomes, strict=True)
+        ]
+
+    def datagrams(self, lost: set[tuple[int, int]]) -> list[preflight.Datagrams]:
+        """Full-size datagrams along every path that connects."""
+        reached = [
+            [target for target in self.others(source) if (source, target) not in lost]
+            for source in range(len(self.peers))
+        ]
+        answers = _all(
+            self.pool,
+            [
+                _datagrams(peer, [self.endpoints[target] for target in reached[source]])
+                for source, peer in enumerate(self.peers)
+            ],
+        )
+        return [
+            preflight.Datagrams(source, target, outcome.size, outcome.is_small_ok, outcome.is_large_ok)
+            for source, outcomes in enumerate(answers)
+            for target, outcome in zip(reached[source], outcomes, strict=True)
+        ]
+
+    def measure(
+        self, rounds: Sequence[Sequence[tuple[int, int]]], dead: set[tuple[int, int]], seconds: float
+    ) -> list[preflight.Transfer]:
+        """Each round one way, then the other; pairs of one round at the same time, because they share no node."""
+        found: list[preflight.Transfer] = []
+        for pairs in rounds:
+            for direction in (pairs, [(target, source) for source, target in pairs]):
+                ways = [way for way in direction if way not in dead]
+                rates = _all(
+                    self.pool,
+                    [_transfer(self.peers[source], self.endpoints[target], seconds) for source, target in ways],
+                )
+                found += [
+                    # 0 is a transfer that broke: it says nothing about speed.
+                    preflight.Transfer(source, target, rate)
+                    for (source, target), rate in zip(ways, rates, strict=True)
+                    if rate > 0
+                ]
+        return found
+
+    def compute_findings(self, hosts: Sequence[str]) -> list[Finding]:
+        answers = _all(self.pool, [peer.compute for peer in self.peers])
+        kinds = dict.fromkeys(kind for answer in answers for kind in answer)
+        return [
+            finding
+            for kind in kinds
+            for finding in preflight.compute_findings(
+                {node: answer[kind] for node, answer in enumerate(answers) if kind in answer}, hosts, kind
+            )
+        ]
 
 
 def _connect(peer: Peer, targets: list[Endpoint]) -> Callable[[], list[Connection]]:
@@ -155,6 +193,9 @@ class ProcessPeer:
 
     def transfer(self, target: Endpoint, seconds: float) -> float:
         return float(self._ask("transfer", [target], seconds=seconds))
+
+    def compute(self) -> dict[str, float]:
+        return {str(kind): float(seconds) for kind, seconds in self._ask("compute", []).items()}
 
     def close(self) -> int:
         """Closes its input, which ends it; its exit code."""

@@ -18,8 +18,10 @@ from typing import NoReturn
 from launcher.fabric.codec import from_json, to_json
 from launcher.fabric.facts import FactsError, NodeFacts
 from launcher.fabric.findings import Finding, Severity, findings, worst
+from launcher.fabric.interfaces import choose_interface
 from launcher.fabric.order import order_nodes, place_of
 from launcher.fabric.page import Examination, as_json, explain_page, text_page
+from launcher.fabric.peer import LocalPeer
 from launcher.fabric.probe import probe
 from launcher.fabric.rules import GangRequest, environment
 
@@ -42,6 +44,9 @@ examples:
 Gather = Callable[[str], Sequence[NodeFacts]]
 """From the address of a Ray cluster to the facts of its nodes."""
 
+Measure = Callable[[str], Sequence[Finding]]
+"""From the address of a Ray cluster to what a preflight over its nodes found."""
+
 
 @dataclass(frozen=True)
 class Recorded:
@@ -52,9 +57,17 @@ class Recorded:
 
 
 def main(
-    argv: Sequence[str], *, gather: Gather | None = None, env: Mapping[str, str] | None = None, root: str | Path = "/"
+    argv: Sequence[str],
+    *,
+    gather: Gather | None = None,
+    measure: Measure | None = None,
+    env: Mapping[str, str] | None = None,
+    root: str | Path = "/",
 ) -> int:
-    """Runs the doctor; the result is the exit code. `gather` is what `--address` uses; `env` defaults to this process's."""
+    """Runs the doctor; the result is the exit code.
+
+    `gather` is what `--address` uses, `measure` what `--address` with `--probe` uses; `env` defaults to this process's.
+    """
     user_env = os.environ if env is None else env
     options = _parser(gather is not None).parse_args(list(argv))
     try:
@@ -64,6 +77,9 @@ def main(
         return EXIT_NO_FACTS
     if options.save is not None:
         return _save(nodes, Path(options.save))
+    if options.probe:
+        measured, said = _measure(options, nodes, measure)
+        extra, remark = (*extra, *measured), f"{remark} {said}"
     examination = examine(nodes, _request(options, len(nodes)), user_env, extra=extra, remark=remark)
     if options.explain is not None:
         print(explain_page(examination, options.explain), end="")
@@ -159,6 +175,52 @@ def _look(
     return (probe(root, node_ip=options.node_ip),), (), alone
 
 
+def _measure(
+    options: argparse.Namespace, nodes: Sequence[NodeFacts], measure: Measure | None
+) -> tuple[tuple[Finding, ...], str]:
+    """What `--probe` finds, and a sentence about it."""
+    if options.address is not None and measure is not None:
+        return tuple(measure(options.address)), "The network between the nodes was measured."
+    if options.address is not None or options.facts is not None:
+        return (), "Nothing was measured: --probe needs the nodes themselves."
+    return _measure_here(nodes[0])
+
+
+def _measure_here(facts: NodeFacts) -> tuple[tuple[Finding, ...], str]:
+    """On one machine: does its own address accept connections on ephemeral ports, and how fast is its processor."""
+    address = choose_interface(facts).address or "127.0.0.1"
+    try:
+        peer = LocalPeer(address)
+    except OSError as error:
+        finding = Finding(
+            "unreachable",
+            Severity.ERROR,
+            (facts.hostname,),
+            f"nothing can listen on {address} ({error})",
+            "ranks on this node cannot be connected to",
+            "check that the address is this machine's: ip addr",
+        )
+        return (finding,), f"Probed {address}."
+    try:
+        (outcome,) = peer.connect([peer.endpoint()])
+        seconds = peer.compute()
+    finally:
+        peer.close()
+    speeds = ", ".join(f"{what} {value * 1000:.1f} ms" for what, value in seconds.items())
+    said = f"Probed {address}: {speeds}."
+    if outcome.is_ok:
+        return (), f"{said} Its ephemeral ports accept connections."
+    finding = Finding(
+        "unreachable",
+        Severity.ERROR,
+        (facts.hostname,),
+        f"the machine cannot connect to itself at {address} ({outcome.problem})",
+        "ranks on this node cannot be connected to",
+        "let the firewall pass the ports of net.ipv4.ip_local_port_range",
+    )
+    return (finding,), said
+
+
 def _save(nodes: Sequence[NodeFacts], folder: Path) -> int:
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -217,6 +279,9 @@ def _parser(can_gather: bool) -> argparse.ArgumentParser:
     parser.add_argument("--save", metavar="DIR", help="write the facts of each node to DIR/HOST.json and stop")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a page")
     parser.add_argument("--explain", metavar="VARIABLE", help="say why one variable is set or left, and stop")
+    parser.add_argument(
+        "--probe", action="store_true", help="also measure: connections, processor; on a cluster every pair"
+    )
     parser.add_argument("--node-ip", help="the address by which the other nodes reach this machine")
     parser.add_argument("--nnodes", type=_positive, help="nodes of the job (default: the nodes seen, at least 2)")
     parser.add_argument("--nproc-per-node", type=_positive, help="ranks per node (default: one per GPU)")

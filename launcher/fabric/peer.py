@@ -18,6 +18,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from launcher.fabric.compute import cpu_seconds
+
 TIMEOUT_S = 2.0
 """For a connection within a data centre, twenty times what a lost SYN costs on a healthy path."""
 
@@ -117,6 +119,10 @@ class LocalPeer:
                 return kernel_rate(connection) or float(answer["rate_bytes_per_s"])
         except (OSError, ValueError, KeyError, TypeError):
             return 0.0
+
+    def compute(self) -> dict[str, float]:
+        """Seconds for a matrix product and a memory copy on this node's processor."""
+        return cpu_seconds()
 
     def close(self) -> None:
         """Ends the listener; returns when its threads have ended."""
@@ -308,6 +314,8 @@ def _serve_call(peer: LocalPeer, request: dict[str, Any]) -> Any:
         return [asdict(item) for item in peer.datagrams(targets, request["timeout_s"])]
     if request["call"] == "transfer":
         return peer.transfer(targets[0], request["seconds"])
+    if request["call"] == "compute":
+        return peer.compute()
     raise ValueError(f"unknown call {request['call']!r}")
 
 

@@ -12,6 +12,7 @@ import pytest
 from launcher.fabric.codec import to_json
 from launcher.fabric.doctor import EXIT_NO_FACTS, EXIT_USAGE, main
 from launcher.fabric.facts import NodeFacts
+from launcher.fabric.findings import Finding, Severity
 
 Recorded = Callable[[str], NodeFacts]
 
@@ -156,3 +157,31 @@ def test_garbage_below_the_root_is_no_traceback(tmp_path: Path, capsys: pytest.C
     (tmp_path / "sys").write_bytes(b"\xff")
     assert main([], env={}, root=tmp_path) in (0, 2)
     assert "unknown: no GPU" in capsys.readouterr().out
+
+
+def test_probe_measures_this_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--probe"], env={}) in (0, 1, 2)
+    assert "accept connections" in capsys.readouterr().out
+
+
+def test_probe_of_an_address_that_is_not_here_is_a_finding(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--probe", "--node-ip", "127.0.0.1"], env={}) in (0, 1, 2)
+    capsys.readouterr()
+    assert main(["--probe", "--node-ip", "192.0.2.200"], env={}) == 2
+    assert "192.0.2.200" in capsys.readouterr().out
+
+
+def test_probe_of_a_cluster_is_the_callers_measurement(recorded: Recorded, capsys: pytest.CaptureFixture[str]) -> None:
+    slow = Finding("node-slow", Severity.ERROR, ("b",), "seen by a test", "means a test", "do a test")
+    code = main(
+        ["--address", "x:1", "--probe"], gather=lambda _: [recorded("dgx-a100")], measure=lambda _: [slow], env={}
+    )
+    assert code == 2
+    assert "node-slow" in capsys.readouterr().out
+
+
+def test_probe_of_recorded_facts_says_that_nothing_was_measured(
+    recorded: Recorded, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--facts", _save(tmp_path, recorded("dgx-a100")), "--probe"], env={}) == 0
+    assert "Nothing was measured" in capsys.readouterr().out

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+
 import pytest
 
 from launcher.fabric.conduct import Report, conduct
@@ -81,3 +86,30 @@ def test_a_node_on_the_wrong_interface_is_unreachable() -> None:
     about_wrong = [finding for finding in report.findings if finding.nodes == ("c",)]
     assert [finding.id for finding in about_wrong] == ["unreachable"]
     assert "172.31.9.9" in about_wrong[0].evidence
+
+
+def test_an_all_reduce_passes_over_the_chosen_interface() -> None:
+    """gloo takes the address of the host's name by default, which in a namespace is not even there."""
+    with network(2) as nodes:
+        ranks = [
+            subprocess.Popen(
+                [
+                    *("ip", "netns", "exec", nodes.namespace(node), sys.executable, "-m", "launcher.fabric.collective"),
+                    *(str(node), "2", nodes.address(0), "29400"),
+                ],
+                env={**os.environ, "GLOO_SOCKET_IFNAME": "eth0"},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for node in range(2)
+        ]
+        try:
+            said = [rank.communicate(timeout=100) for rank in ranks]
+        finally:
+            for rank in ranks:
+                if rank.poll() is None:
+                    rank.kill()
+                    rank.wait()
+        assert [rank.returncode for rank in ranks] == [0, 0], said
+        assert {json.loads(out)["bytes"] for out, _ in said} == {4 << 20}
