@@ -5,6 +5,9 @@ from __future__ import annotations
 import sys
 
 if __name__ == "__main__":
-    from launcher.cli import main
+    try:
+        from launcher.cli import main
 
-    sys.exit(main())
+        sys.exit(main())
+    except KeyboardInterrupt:  # before the controller handles signals: nothing has been started
+        sys.exit(130)

@@ -20,6 +20,8 @@ from launcher.gang.events import (
 from launcher.gang.world import World
 
 _MAX_COLLATERAL_LINES = 8
+_MAX_CAUSE = 120
+"""Of what is only a consequence; libraries put whole essays into one line."""
 
 
 def began(num_ranks_asked: str, cluster: str, run_dir: str) -> str:
@@ -31,12 +33,12 @@ def hostname(node_id: str, world: World | None) -> str:
     return next((node.hostname for node in nodes if node.node_id == node_id), node_id)
 
 
-def failure_line(failure: Failure, world: World | None) -> str:
-    """One line: who, where, why, and the log that says more."""
+def failure_line(failure: Failure, world: World | None, max_cause: int = 2000) -> str:
+    """One line: who, where, why (an exception's words up to `max_cause` characters), and the log that says more."""
     host = hostname(failure.node_id, world)
     match failure:
         case RankExited(rank=rank, exception=exception, status=status, stderr_log=log):
-            cause = f"{exception_line(exception)} ({status})" if exception else str(status)
+            cause = f"{exception_line(exception, max_cause)} ({status})" if exception else str(status)
             return f"rank {rank} on {host} failed: {cause}" + (f"; log {log}" if log else "")
         case NodeFailed(reason=reason):
             return f"node {host} failed: {reason}"
@@ -44,10 +46,11 @@ def failure_line(failure: Failure, world: World | None) -> str:
             return f"node {host} lost: {reason}"
 
 
-def exception_line(exception: ExceptionRecord) -> str:
-    """`ValueError: it broke`, the first line of it."""
+def exception_line(exception: ExceptionRecord, max_length: int) -> str:
+    """`ValueError: it broke`, the first line of it, cut to a length."""
     first = exception.message.partition("\n")[0].strip()
-    return ": ".join(part for part in (exception.type_name, first) if part)
+    line = ": ".join(part for part in (exception.type_name, first) if part)
+    return line if len(line) <= max_length else f"{line[: max_length - 1]}…"
 
 
 def failure_report(failure: Failure, world: World | None) -> str:
@@ -76,7 +79,7 @@ def collateral_report(root: Failure, is_new_root: bool, collateral: Sequence[Fai
 def _collateral_line(failure: Failure, root: Failure, world: World | None) -> str:
     after_s = policy.happened_at_s(failure) - policy.happened_at_s(root)
     when = f" ({after_s:+.2f} s)" if abs(after_s) < 1e6 else ""
-    return failure_line(failure, world) + when
+    return failure_line(failure, world, _MAX_CAUSE) + when
 
 
 def summary(exit_code: int, reason: str, duration_s: float, num_attempts: int, run_dir: str) -> str:

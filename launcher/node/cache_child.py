@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import stat
 import sys
 import tempfile
 import time
@@ -30,11 +31,23 @@ DRAIN_S = 2.0
 def socket_path(cache_dir: str) -> str:
     """Where the daemon of this directory shall listen. Short, because Unix socket paths end at 107 bytes; private to the user.
 
-    Made of the directory's name, so that two jobs with one cache directory agree on it.
+    Of this process alone: if another daemon serves the directory already, our path becomes a link to its socket.
     """
-    base = os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()
+    base = _private_directory()
     name = hashlib.sha256(os.path.realpath(cache_dir).encode("utf-8", "surrogateescape")).hexdigest()[:16]
-    return os.path.join(base, f"railhead-{os.getuid()}", f"{name}-{os.getpid()}.sock")
+    return os.path.join(base, f"{name}-{os.getpid()}.sock")
+
+
+def _private_directory() -> str:
+    """A short path that only this user can enter; in a shared /tmp somebody else may have made the usual one before us."""
+    usual = os.path.join(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir(), f"railhead-{os.getuid()}")
+    with contextlib.suppress(OSError):
+        os.mkdir(usual, 0o700)
+    with contextlib.suppress(OSError):
+        status = os.lstat(usual)
+        if stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o077:
+            return usual
+    return tempfile.mkdtemp(prefix="railhead-")
 
 
 class CacheChild:
@@ -62,7 +75,6 @@ class CacheChild:
         # Expanded here, on the node: `$SLURM_TMPDIR/cache` and `~` differ from node to node.
         self._dir = os.path.abspath(os.path.join(cwd, os.path.expanduser(os.path.expandvars(options.dir))))
         self.socket = socket_path(self._dir)
-        os.makedirs(os.path.dirname(self.socket), mode=0o700, exist_ok=True)
         self._log_fd = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         self.announce_fd, write_fd = os.pipe()
         os.set_blocking(self.announce_fd, False)
@@ -160,8 +172,6 @@ class CacheChild:
         self.guarded.close()
         with contextlib.suppress(OSError):
             os.unlink(self.socket)
-        with contextlib.suppress(OSError):
-            os.rmdir(os.path.dirname(self.socket))
 
     def _fail(self, reason: str) -> None:
         if not self._is_stopping:

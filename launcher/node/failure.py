@@ -17,20 +17,24 @@ def read_exception(path: str) -> ExceptionRecord | None:
     try:
         with open(path, "rb") as file:
             data = json.loads(file.read(_MAX_RECORD_BYTES))
-        return _understand(data)
+            return _understand(data, os.fstat(file.fileno()).st_mtime)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None  # a torn or foreign file must not hide the failure itself
 
 
-def _understand(data: dict[str, Any]) -> ExceptionRecord:
-    """torch writes {"message": {"message": "ValueError: x", "extraInfo": {"py_callstack": …, "timestamp": "…"}}}; so does `runner.py`."""
+def _understand(data: dict[str, Any], written_s: float) -> ExceptionRecord:
+    """torch writes {"message": {"message": "ValueError: x", "extraInfo": {"py_callstack": …, "timestamp": "…"}}}; so does `runner.py`.
+
+    torch's timestamp is in whole seconds, too coarse to say which of two ranks was first; the time of writing is not.
+    """
     message = data["message"]
     if isinstance(message, str):
-        return ExceptionRecord("", message, "", float(data.get("timestamp", 0)))
+        return ExceptionRecord("", message, "", written_s)
     extra = message.get("extraInfo", {})
     type_name, _, text = str(message["message"]).partition(": ")
-    at_s = float(extra.get("timestamp_s", extra.get("timestamp", 0)))
-    return ExceptionRecord(type_name, text, str(extra.get("py_callstack", "")), at_s)
+    return ExceptionRecord(
+        type_name, text, str(extra.get("py_callstack", "")), float(extra.get("timestamp_s", written_s))
+    )
 
 
 def last_lines(path: str, num_lines: int = 10) -> str:

@@ -230,7 +230,10 @@ def _become(job: dict[str, Any], guardian_pid: int) -> None:
     os.dup2(job["stderr_fd"], 2)
     for fd in {job["stdout_fd"], job["stderr_fd"]} - set(job["keep_fds"]):
         os.set_inheritable(fd, False)
-    os.chdir(job["cwd"])
+    try:
+        os.chdir(job["cwd"])
+    except OSError as error:
+        raise OSError(error.errno or errno.ENOENT, f"working directory {job['cwd']}: {error.strerror}") from None
     try:
         os.execvpe(job["argv"][0], job["argv"], job["env"])
     except OSError as error:
