@@ -40,7 +40,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_INTERNAL
 
 
+KUBERNETES_COMMANDS = ("render", "submit", "status", "logs", "stop", "list")
+"""First words that mean Kubernetes; a script of such a name is run as ./render."""
+
+
 def _run(argv: list[str]) -> int:
+    if argv and argv[0] in KUBERNETES_COMMANDS:
+        from launcher.k8s.commands import COMMANDS
+
+        return COMMANDS[argv[0]](argv[1:])
     from launcher.options.intent import understand
     from launcher.options.parse import parse
 

@@ -48,3 +48,28 @@ def _row(flag: str, text: str) -> str:
         lines[0] = first.ljust(_INDENT) + lines[0]
         return "\n".join([lines[0], *(" " * _INDENT + line for line in lines[1:])]).rstrip() + "\n"
     return "\n".join([first, *(" " * _INDENT + line for line in lines if line)]) + "\n"
+
+
+_LOOKUPS = {
+    "status": ("NAME", "Says where a job stands."),
+    "logs": (
+        "NAME",
+        "Follows a job: what it waits for, rank 0's output, and its exit code. Ctrl-C leaves the job alone.",
+    ),
+    "stop": (
+        "NAME",
+        "Deletes a job and all that belongs to it. Its ranks get SIGTERM, and the grace period for a checkpoint.",
+    ),
+    "list": ("", "One line for each job of the namespace."),
+}
+
+
+def lookup_help(command: str) -> str:
+    name, text = _LOOKUPS[command]
+    usage = " ".join(word for word in ("usage: python -m launcher", command, name, "[flags]") if word)
+    rows = (
+        ("--namespace NAME, -n NAME", "[that of the context]"),
+        ("--context NAME", "Context of the kubeconfig. [its current one]"),
+        ("--json", "For programs."),
+    )
+    return f"{usage}\n\n{text}\n\n" + "".join(_row(flag, help_) for flag, help_ in rows).rstrip()
