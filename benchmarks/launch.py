@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import os
 import socket
 import statistics
@@ -198,6 +199,14 @@ def ray_cluster() -> Iterator[str]:
         server.wait(30)
 
 
+def _is_left_out(way: Way) -> bool:
+    """Ray Train needs pandas (benchmarks/requirements.txt)."""
+    if way.name == "Ray Train" and importlib.util.find_spec("pandas") is None:
+        print("Ray Train is left out: pip install pandas")
+        return True
+    return False
+
+
 def measure(chosen: Sequence[Way], num_rounds: int, directory: Path) -> dict[str, list[Trial]]:
     """All ways in turn, `num_rounds` times; a first round warms the page cache and does not count."""
     found: dict[str, list[Trial]] = {way.name: [] for way in chosen}
@@ -249,7 +258,7 @@ def main() -> None:
         (directory / "train.py").write_text(SCRIPT)
         (directory / "ray_train.py").write_text(RAY_TRAIN)
         address = "" if args.no_ray else stack.enter_context(ray_cluster())
-        chosen = [way for way in ways(address) if not (args.no_ray and way.needs_ray)]
+        chosen = [way for way in ways(address) if not (args.no_ray and way.needs_ray) and not _is_left_out(way)]
         found = measure(chosen, num_rounds, directory)
     command = "python -m benchmarks.launch " + " ".join(sys.argv[1:])
     text = render(chosen, found, command.strip(), f"{before:.1f}, {os.getloadavg()[0]:.1f}")

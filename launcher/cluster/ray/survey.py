@@ -13,7 +13,7 @@ from launcher.gang.offers import CPU, GPU, GangRequest, NodeGroup, NodeOffer
 from launcher.spec import JobSpec
 
 # Resources that Ray makes up itself and that say nothing to people.
-_INTERNAL = re.compile(r"node:|object_store_memory$|.*_group_")
+_INTERNAL = re.compile(r"node:|object_store_memory$|\w+_group_(\d+_)?[0-9a-f]{32,}$")
 
 
 @dataclass(frozen=True)
