@@ -111,7 +111,7 @@ def notice(event: Notices, world: World | None) -> str:
             return f"waiting for nodes: {reason} (giving up in {duration(left_s)})"
         case CacheServing(already_running=already, resident_bytes=resident, capacity_bytes=capacity, node_id=node_id):
             how = "was already running" if already else "serves"
-            held = f"{_gib(resident)} of {_gib(capacity)} filled"
+            held = f"{size(resident)} of {size(capacity)} filled"
             return f"cache {how} on {hostname(node_id, world)}: {held}"
         case CacheFailed(reason=reason, node_id=node_id):
             return f"no cache on {hostname(node_id, world)}, its ranks read the origin directly: {reason}"
@@ -119,5 +119,13 @@ def notice(event: Notices, world: World | None) -> str:
             return f"{hostname(node_id, world)}: {text}" if node_id else text
 
 
-def _gib(size_bytes: int) -> str:
-    return f"{size_bytes / 2**30:.2f} GiB"
+def size(size_bytes: float) -> str:
+    """
+    >>> size(0), size(100 * 2**20), size(1.5 * 2**40)
+    ('0 B', '100 MiB', '1.5 TiB')
+    """
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size_bytes < 1024:
+            return f"{size_bytes:.3g} {unit}"
+        size_bytes /= 1024
+    return f"{size_bytes:.3g} TiB"

@@ -156,7 +156,7 @@ def test_notices_are_said_and_do_not_move_the_gang(tmp_path: Path) -> None:
     assert job.run() == 0
     said = "\n".join(job.said())
     assert "waiting for nodes: 2 GPUs are taken (giving up in 1 min 0 s)" in said
-    assert "cache serves on node0: 1.00 GiB of 2.00 GiB filled" in said
+    assert "cache serves on node0: 1 GiB of 2 GiB filled" in said
     assert "no cache on node1, its ranks read the origin directly: no such directory" in said
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import stat
 from pathlib import Path
 
 import pytest
@@ -47,17 +46,23 @@ def test_the_last_words_of_a_rank_without_exception_are_shown(tmp_path: Path) ->
     assert err.splitlines()[2] == "  assertion failed in kernel"
 
 
-@pytest.mark.parametrize(("mode", "exit_code"), [(0o644, 126), (0o755, 0)])
-def test_a_program_that_cannot_be_executed_ends_as_in_a_shell(tmp_path: Path, mode: int, exit_code: int) -> None:
-    """126; the command line refuses what it can see itself, so the program loses its permission here after the check."""
-    program = tmp_path / "program.sh"
-    program.write_text("#!/bin/sh\nexit 0\n" if exit_code == 0 else "#!/no/such/interpreter\n")
-    program.chmod(stat.S_IRWXU)
-    with Launched(tmp_path, "--no-python", "./program.sh") as launched:
+@pytest.mark.parametrize(
+    ("text", "exit_code", "words"),
+    [
+        ("#!/bin/sh\nexit 5\n", 5, "exit code 5"),
+        ("#!/no/such/interpreter\n", 127, "./program: No such file or directory"),
+        ("no shebang, no program\n", 126, "./program: Exec format error"),
+    ],
+)
+def test_a_program_that_cannot_be_executed_ends_as_in_a_shell(
+    tmp_path: Path, text: str, exit_code: int, words: str
+) -> None:
+    (tmp_path / "program").write_text(text)
+    (tmp_path / "program").chmod(0o755)
+    with Launched(tmp_path, "--no-python", "./program") as launched:
         code, _, err = launched.finish()
-    assert code == (0 if exit_code == 0 else 127), err
-    if exit_code:
-        assert "./program.sh: No such file or directory" in err
+    assert code == exit_code, err
+    assert words in err
 
 
 # --- arguments ----------------------------------------------------------------------------------------------------------------------------
