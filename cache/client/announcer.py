@@ -1,7 +1,7 @@
 """Tells the cache what a rank will read, a bounded way ahead of what it has read.
 
 The daemon fetches by this and evicts by it. Announcing costs about 2 µs for a sample, so it is done in portions of
-some hundred samples: a step never pays for thousands at once.
+some hundred samples: a step never pays for thousands at once (the first excepted).
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ class Announcer:
         self._schedule = schedule
         self._rank, self._world_size = rank, world_size
         self._local_size = schedule.plan.local_batch_size(world_size)
-        self._portion = max(PORTION_SAMPLES, 2 * self._local_size)
+        self._portion = max(PORTION_SAMPLES, self._local_size)
+        self._lookahead = max(LOOKAHEAD_SAMPLES, 4 * self._portion)
         self._name = name
         self._stream: Stream | None = None
         self._batches: Iterator[tuple[Cursor, Indices]] = iter(())
@@ -69,8 +70,8 @@ class Announcer:
         self._consumed = self._announced = cursor
         self._visits_until.clear()
         self._num_visits = self._num_behind = self._samples_since_told = 0
-        # The first portions are on their way before the first batch is asked for; the rest follows with the steps.
-        self._announce_up_to(self._portion)
+        # All at once here, 20 ms before the first batch: nothing is more urgent than filling an empty pipeline. Later in portions.
+        self._announce_up_to(self._lookahead)
 
     def consumed(self, cursor: Cursor) -> None:
         """All batches before this place have been read."""
@@ -89,7 +90,7 @@ class Announcer:
             self._stream.advance(self._num_behind)
             self._samples_since_told = 0
         ahead = self._schedule.plan.steps_between(cursor, self._announced) * self._local_size
-        if ahead + self._portion <= max(LOOKAHEAD_SAMPLES, 2 * self._portion):
+        if ahead + self._portion <= self._lookahead:
             self._announce_up_to(ahead + self._portion)
 
     def close(self) -> None:

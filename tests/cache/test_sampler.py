@@ -253,7 +253,7 @@ def test_next_epoch_goes_on_in_the_same_stream_and_a_jump_begins_a_new_one() -> 
     assert [stream.is_closed for stream in dataset.streams] == [True, False]
     assert (
         dataset.streams[1].visits
-        == expected_visits(schedule, Cursor(90, 3), 0, 1, 200)[: len(dataset.streams[1].visits)]
+        == expected_visits(schedule, Cursor(90, 3), 0, 1, 1100)[: len(dataset.streams[1].visits)]
     )
     announcer.close()
     assert dataset.streams[1].is_closed
