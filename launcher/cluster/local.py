@@ -46,6 +46,10 @@ class LocalCluster:
             )
             for idx in range(min(self._num_nodes, self._spec.max_nodes))
         )
+        for node_id in set(self._agents) - set(keep):
+            self._agents.pop(
+                node_id
+            ).close()  # it was lost by a fault of its own; the machine is still here, so a new one takes over
         for node in nodes:
             if node.node_id not in self._agents:
                 self._agents[node.node_id] = NodeAgent(

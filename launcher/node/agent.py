@@ -14,10 +14,21 @@ import os
 import selectors
 import threading
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from functools import partial
 
-from launcher.gang.events import AttemptEnded, AttemptPlan, CacheFailed, Event, NodeFailed, Notice, Output, OutputEnded
+from launcher.gang.events import (
+    AttemptEnded,
+    AttemptPlan,
+    CacheFailed,
+    Event,
+    NodeFailed,
+    NodeLost,
+    Notice,
+    Output,
+    OutputEnded,
+)
 from launcher.gang.world import NodeInfo
 from launcher.node import strays
 from launcher.node.cache_child import CacheChild
@@ -64,6 +75,7 @@ class NodeAgent:
         self._has_told_of_disk = False
         self._is_closing = False
         self._commands: collections.deque[Callable[[], None]] = collections.deque()
+        self._watched: set[GuardedProcess] = set()
         self._commands_lock = threading.Lock()
         self._is_over = False
         self._selector = selectors.DefaultSelector()
@@ -72,7 +84,7 @@ class NodeAgent:
         os.set_blocking(self._wake_write_fd, False)
         self._selector.register(self._wake_fd, selectors.EVENT_READ, self._drain_wake)
         strays.adopt()
-        self._thread = threading.Thread(target=self._loop, name=f"agent-{node.node_id}", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=f"agent-{node.node_id}", daemon=True)
         self._thread.start()
         if spec.cache is not None:
             self._post(self._start_cache)
@@ -114,6 +126,22 @@ class NodeAgent:
         with contextlib.suppress(BlockingIOError):
             os.read(self._wake_fd, 4096)
 
+    def _run(self) -> None:
+        try:
+            self._loop()
+        except Exception as error:
+            # Nobody would look after the processes any more. Their guardians take the end of the socket for our death and end them.
+            for process in self._watched:
+                process.close()
+            text = "".join(traceback.format_exception(error))
+            self._on_event(NodeLost(self._node.node_id, f"a fault in the launcher's agent there:\n{text}", time.time()))
+        finally:
+            with self._commands_lock:
+                self._is_over = True
+                self._selector.close()
+                os.close(self._wake_fd)
+                os.close(self._wake_write_fd)
+
     def _loop(self) -> None:
         while not (self._is_closing and self._is_idle()):
             for key, _ in self._selector.select(self._timeout_s()):
@@ -124,11 +152,6 @@ class NodeAgent:
             if self._cache is not None:
                 self._cache.check_deadline(time.monotonic())
             self._check_disk()
-        with self._commands_lock:
-            self._is_over = True
-            self._selector.close()
-            os.close(self._wake_fd)
-            os.close(self._wake_write_fd)
 
     def _is_idle(self) -> bool:
         return self._attempt is None and self._cache is None and self._sweep_until_s == 0.0
@@ -163,6 +186,7 @@ class NodeAgent:
 
     def _watch(self, process: GuardedProcess, handle: Callable[[Report], None]) -> None:
         """Calls `handle` with each report of the process until it is gone."""
+        self._watched.add(process)
         self._selector.register(process.socket, selectors.EVENT_READ, partial(self._read, process, handle))
 
     def _read(self, process: GuardedProcess, handle: Callable[[Report], None]) -> None:
@@ -170,6 +194,7 @@ class NodeAgent:
             if isinstance(report, Gone):
                 self._selector.unregister(process.socket)
                 process.close()
+                self._watched.discard(process)
                 if report.guardian_died:
                     self._sweep_until_s = time.monotonic() + _STRAY_SWEEP_S
             handle(report)

@@ -120,7 +120,10 @@ class LogFollower:
         """Hands on what is new; True when this file is done with for good."""
         is_finishing = followed.is_finishing  # before reading: what is written after it was set does not exist
         while not self._is_closed:
-            data = os.read(followed.fd, _READ_BYTES)
+            try:
+                data = os.read(followed.fd, _READ_BYTES)
+            except OSError:  # a failing disk: nothing more can be shown of it, and the job must not wait for it
+                is_finishing, data = True, b""
             if not data:
                 break
             followed.last_data_s = time.monotonic()

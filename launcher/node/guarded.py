@@ -124,7 +124,7 @@ class GuardedProcess:
         return reports
 
     def close(self) -> None:
-        """After Gone: collects the guardian and the socket."""
+        """Gives back the socket and collects the guardian; before Gone, that kills all that it guards."""
         self.socket.close()
         self._guardian.wait()
         strays.is_no_longer_ours(self._guardian.pid)

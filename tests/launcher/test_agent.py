@@ -1,0 +1,128 @@
+"""The node agent when things go wrong within it or around it. (What it does when all is well: the cluster contract.)"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from launcher.cluster.local import LocalCluster
+from launcher.gang.events import AttemptEnded, CacheFailed, NodeFailed, NodeLost, Notice, OutputEnded, RankExited
+from launcher.node import agent, cache_child
+from launcher.node.node_attempt import NodeAttempt
+from launcher.spec import CacheOptions
+from tests.contracts.cluster_contract import House
+from tests.launcher.launched import Process, children_of, wait_until
+
+
+@pytest.fixture
+def house(tmp_path: Path) -> Iterator[House]:
+    house = House(lambda: LocalCluster(1), tmp_path, 1)
+    yield house
+    house.cluster.close()
+
+
+def test_a_fault_in_the_agent_loses_the_node_and_leaves_nobody_alive(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A loop that died in silence would let the job hang for ever."""
+    world = house.begin("wait")
+    house.start(world)
+    guardians = [Process.of(pid) for pid in children_of(os.getpid()) if "guardian.py" in _command(pid)]
+    ranks = [Process.of(child) for guardian in guardians for child in children_of(guardian.pid)]
+    assert len(ranks) == 3, "two ranks and the store's host"
+    monkeypatch.setattr(NodeAttempt, "stop", lambda self, grace_s: 1 // 0)
+    house.stop(world)
+    lost = house.sink.wait_for(NodeLost)[0]
+    assert "ZeroDivisionError" in lost.reason
+    wait_until(lambda: not any(rank.is_alive() for rank in ranks), "all ranks to be gone")
+
+
+def test_an_attempt_that_begins_while_another_is_alive_is_refused(house: House) -> None:
+    world = house.begin("wait")
+    house.start(world)
+    house.cluster.node(world.nodes[0].node_id).open_store(1)
+    failed = house.sink.wait_for(NodeFailed)[0]
+    assert failed.attempt == 1
+    assert "while attempt 0 is still alive" in failed.reason
+    assert not house.sink.of(RankExited)
+
+
+def test_commands_that_come_after_an_attempt_was_ended_start_nothing(house: House) -> None:
+    """Stop overtakes start when a signal comes while nodes are told to begin."""
+    world = house.begin("wait")
+    node = house.cluster.node(world.nodes[0].node_id)
+    node.stop_attempt(0, 0.0)
+    node.open_store(0)
+    node.stop_attempt(0, 0.0)
+    house.sink.wait_for(OutputEnded)
+    assert [type(event) for event in house.sink.events[1:]] == [AttemptEnded]
+
+
+def test_a_port_that_is_taken_fails_the_attempt_with_its_reason(house: House) -> None:
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        spec = replace(house.spec("succeed"), master_port=taken.getsockname()[1])
+        house.cluster.open(spec, str(house.run_dir), house.sink)
+        house.cluster.acquire(())
+        house.cluster.node(os.uname().nodename).open_store(0)
+        assert "cannot listen at 127.0.0.1" in house.sink.wait_for(NodeFailed)[0].reason
+
+
+def test_a_cache_that_does_not_announce_itself_in_time_is_given_up(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache_child, "ANNOUNCE_TIMEOUT_S", 0.2)
+    silent = (sys.executable, "-S", "-c", "import time; time.sleep(600)")
+    spec = replace(house.spec("succeed"), cache=CacheOptions("cache", "1GiB", silent))
+    house.cluster.open(spec, str(house.run_dir), house.sink)
+    house.cluster.acquire(())
+    assert "did not say within 0.2 s that it serves" in house.sink.wait_for(CacheFailed)[0].reason
+
+
+def test_a_socket_directory_of_somebody_else_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a shared /tmp anybody can make the usual directory first, and would own the socket."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    usual = tmp_path / f"railhead-{os.getuid()}"
+    assert Path(cache_child.socket_path("/c")).parent == usual
+    assert usual.stat().st_mode & 0o777 == 0o700
+    usual.chmod(0o755)
+    other = Path(cache_child.socket_path("/c")).parent
+    assert other != usual
+    other.rmdir()
+
+
+def test_a_full_disk_is_noticed_while_ranks_run(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agent, "_DISK_CHECK_S", 0.05)
+    full = os.statvfs_result((4096, 4096, 100, 0, 0, 100, 50, 50, 0, 255))
+    monkeypatch.setattr(os, "statvfs", lambda path: full)
+    world = house.begin("wait")
+    house.start(world)
+    notices = house.sink.wait_for(Notice)
+    house.stop(world, grace_s=0)
+    house.sink.wait_for(AttemptEnded)
+    assert len(notices) == 1
+    assert "is full" in notices[0].text
+
+
+def _command(pid: int) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+
+
+def test_a_machine_whose_agent_was_lost_gets_a_new_one(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise a restart would wait for a store that nobody opens."""
+    world = house.begin("succeed")
+    with monkeypatch.context() as patch:
+        patch.setattr(NodeAttempt, "open_store", lambda self: 1 // 0)
+        house.cluster.node(world.nodes[0].node_id).open_store(0)
+        house.sink.wait_for(NodeLost)
+    house.cluster.acquire(())
+    house.start(world)
+    house.sink.wait_for(RankExited, 2)
