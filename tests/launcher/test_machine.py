@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -461,3 +462,13 @@ def test_every_transition_of_the_table_names_states_that_exist_and_only_ended_is
     final = [state for state, successors in machine.TRANSITIONS.items() if not successors]
     assert final == [Ended]
     assert {s for successors in machine.TRANSITIONS.values() for s in successors} <= set(machine.TRANSITIONS)
+
+
+def test_the_picture_in_the_architecture_is_that_of_the_table() -> None:
+    """Pictures that are drawn by hand are wrong after the second change."""
+    document = (Path(__file__).parents[2] / "docs" / "ARCHITECTURE.md").read_text()
+    arrows = [
+        f"    {a.__name__} --> {b}" for a, bs in machine.TRANSITIONS.items() for b in sorted(s.__name__ for s in bs)
+    ]
+    picture = "\n".join(["```mermaid", "stateDiagram-v2", "    [*] --> Placing", *arrows, "    Ended --> [*]", "```"])
+    assert picture in document, f"put this into docs/ARCHITECTURE.md:\n{picture}"
