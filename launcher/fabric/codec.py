@@ -84,9 +84,15 @@ def _build(kind: type[T], value: Any, where: str) -> T:
         raise FactsError(f"{where} is incomplete ({error}).") from error
 
 
+_HINTS: dict[type, dict[str, Any]] = {}
+"""Resolving the annotations of a class takes longer than reading a node; each class is resolved once."""
+
+
 def _hints(kind: type) -> dict[str, Any]:
-    hints = get_type_hints(kind)
-    return {item.name: hints[item.name] for item in dataclasses.fields(kind)}
+    if kind not in _HINTS:
+        hints = get_type_hints(kind)
+        _HINTS[kind] = {item.name: hints[item.name] for item in dataclasses.fields(kind)}
+    return _HINTS[kind]
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:

@@ -11,11 +11,9 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from launcher.fabric.codec import from_json, to_json
 from launcher.fabric.facts import FactsError, NodeFacts
 from launcher.fabric.findings import Finding, Severity, findings, worst
 from launcher.fabric.interfaces import choose_interface
@@ -23,6 +21,7 @@ from launcher.fabric.order import order_nodes, place_of
 from launcher.fabric.page import Examination, as_json, explain_page, text_page
 from launcher.fabric.peer import LocalPeer
 from launcher.fabric.probe import probe
+from launcher.fabric.recorded import load, save
 from launcher.fabric.rules import GangRequest, environment
 
 EXIT_USAGE = 64
@@ -46,14 +45,6 @@ Gather = Callable[[str], Sequence[NodeFacts]]
 
 Measure = Callable[[str], Sequence[Finding]]
 """From the address of a Ray cluster to what a preflight over its nodes found."""
-
-
-@dataclass(frozen=True)
-class Recorded:
-    """Facts from files, and a finding for each file that could not be used."""
-
-    nodes: tuple[NodeFacts, ...]
-    findings: tuple[Finding, ...]
 
 
 def main(
@@ -108,50 +99,6 @@ def examine(
         order,
         tuple(sorted(found, key=lambda finding: -finding.severity)),
         remark,
-    )
-
-
-def load(path: Path) -> Recorded:
-    """Facts from a file, or from all *.json of a folder. FactsError if not one of them can be used."""
-    if path.is_dir():
-        files = sorted(path.glob("*.json"))
-    elif path.exists():
-        files = [path]
-    else:
-        raise FactsError(
-            f"{path} does not exist.\nRecord facts on each node with: python -m launcher doctor --save DIR"
-        )
-    nodes: list[NodeFacts] = []
-    broken: list[FactsError] = []
-    for file in files:
-        try:
-            nodes.append(from_json(_content(file), source=str(file)))
-        except FactsError as error:
-            broken.append(error)
-    if not nodes:
-        why = f"\n{broken[0]}" if broken else ""
-        raise FactsError(f"{path} holds no facts that can be used ({len(files)} files ending in .json).{why}")
-    return Recorded(tuple(nodes), tuple(_unreadable(error) for error in broken))
-
-
-def _content(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise FactsError(
-            f"{file} cannot be read ({error}).\nRecord it again with: python -m launcher doctor --save DIR"
-        ) from error
-
-
-def _unreadable(error: FactsError) -> Finding:
-    what, _, cure = str(error).partition("\n")
-    return Finding(
-        "facts-unreadable",
-        Severity.ERROR,
-        (),
-        what,
-        "this node is not part of the picture; what is wrong on it stays unseen",
-        cure or "record its facts again with: python -m launcher doctor --save DIR",
     )
 
 
@@ -223,22 +170,12 @@ def _measure_here(facts: NodeFacts) -> tuple[tuple[Finding, ...], str]:
 
 def _save(nodes: Sequence[NodeFacts], folder: Path) -> int:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for position, facts in enumerate(nodes):
-            name = f"{_file_name(facts.hostname)}.json"
-            if sum(other.hostname == facts.hostname for other in nodes) > 1:
-                name = f"{_file_name(facts.hostname)}-{position}.json"
-            target = folder / name
-            target.write_text(to_json(facts, indent=1) + "\n", encoding="utf-8")
-            print(target)
+        for path in save(nodes, folder):
+            print(path)
     except OSError as error:
         print(f"doctor: the facts could not be written to {folder} ({error}).", file=sys.stderr)
         return EXIT_NO_FACTS
     return 0
-
-
-def _file_name(hostname: str) -> str:
-    return "".join(char if char.isalnum() or char in "-._" else "_" for char in hostname).strip(".") or "node"
 
 
 def _request(options: argparse.Namespace, num_facts: int) -> GangRequest:

@@ -167,6 +167,6 @@ def nearest_cpus(facts: NodeFacts, gpu_index: int) -> tuple[int, ...] | None:
     cpus = next((numa.cpus for numa in facts.cpus.numa if numa.id == node), None)
     if node is None or cpus is None:
         return None
-    allowed = facts.cpus.allowed
-    usable = cpus if allowed is None else tuple(cpu for cpu in cpus if cpu in set(allowed))
+    allowed = None if facts.cpus.allowed is None else set(facts.cpus.allowed)
+    usable = cpus if allowed is None else tuple(cpu for cpu in cpus if cpu in allowed)
     return usable or None

@@ -22,6 +22,8 @@ SHELL = {
     "compute",
     "collective",
     "doctor",
+    "recorded",
+    "bind_process",
 }
 """Modules that act. All others decide: no files, no sockets, no processes, no clock."""
 
