@@ -244,8 +244,10 @@ def _load(config: Any, configuration: Any, context: str | None) -> str:
         with contextlib.suppress(OSError), open("/var/run/secrets/kubernetes.io/serviceaccount/namespace") as file:
             return file.read().strip()
         return "default"
-    config.load_kube_config(context=context, client_configuration=configuration)
-    contexts, active = config.list_kube_config_contexts()
+    # Named here, because the client reads the variable once, when it is imported.
+    file = os.environ.get("KUBECONFIG") or None
+    config.load_kube_config(config_file=file, context=context, client_configuration=configuration)
+    contexts, active = config.list_kube_config_contexts(config_file=file)
     chosen = next((one for one in contexts if one["name"] == context), active)
     return str(chosen["context"].get("namespace") or "default")
 

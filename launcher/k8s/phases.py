@@ -95,7 +95,7 @@ def _of_pods(job: Object, pods: Sequence[Object], events: Sequence[Object]) -> P
     unplaced = [pod for pod in pods if not pod.get("spec", {}).get("nodeName")]
     broken = next((text for pod in pods for text in [_trouble(pod)] if text), None)
     if broken:
-        return Phase("pulling" if "image" in broken else "starting", broken)
+        return Phase("pulling" if "cannot be pulled" in broken else "starting", broken)
     if len(pods) < wanted or unplaced:
         placed = len(pods) - len(unplaced)
         why = next((text for pod in unplaced for text in [_unschedulable(pod)] if text), None) or _last(

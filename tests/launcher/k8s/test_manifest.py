@@ -54,7 +54,7 @@ def test_the_entrypoint_read_as_a_command_line_is_the_same_job(one: JobSpec) -> 
 
 
 @given(specs())
-@settings(relaxed, max_examples=10)
+@settings(relaxed, max_examples=5)
 def test_the_submitters_shell_and_rays_shell_hand_the_arguments_on_unchanged(one: JobSpec) -> None:
     """KubeRay pastes the entrypoint into a bash line; `ray job submit` joins the words with shlex.join; Ray runs that in a shell."""
     show = "import sys; sys.stdout.buffer.write(b'\\0'.join(map(__import__('os').fsencode, sys.argv[1:])))"
