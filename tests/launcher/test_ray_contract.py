@@ -15,6 +15,7 @@ from tests.raycluster import NODES, RayUnderTest, ray_environment
 
 @pytest.mark.ray
 @pytest.mark.xdist_group("ray")
+@pytest.mark.timeout(300)
 class TestRayCluster(ClusterContract):
     @pytest.fixture
     def house(self, tmp_path: Path, ray_cluster: RayUnderTest, monkeypatch: pytest.MonkeyPatch) -> Iterator[House]:

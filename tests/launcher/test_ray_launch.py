@@ -17,7 +17,7 @@ import pytest
 
 from tests.raycluster import RayUnderTest, ray_environment
 
-pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("ray")]
+pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("ray"), pytest.mark.timeout(300)]
 
 DEADLINE_S = 60.0
 """Only what is broken ever takes so long."""
@@ -271,9 +271,9 @@ def test_a_directory_that_a_node_lacks_is_refused(ray_cluster: RayUnderTest, tmp
     spec = JobSpec(Program(ProgramKind.SCRIPT, "train.py"), cwd="/home/me/project")
     node = ClusterNode("id", "gpu-7", "10.0.0.7")
     with pytest.raises(RequestRefused, match="gpu-7 has no directory /home/me/project"):
-        _check(Hello(installed_version(), "3.11", "gpu-7", None), node, spec)
+        _check(Hello("id", installed_version(), "3.11", "gpu-7", None), node, spec)
     with pytest.raises(RequestRefused, match=r"gpu-7 has railhead 0\.0\.1"):
-        _check(Hello("0.0.1", "3.11", "gpu-7", "/"), node, spec)
+        _check(Hello("id", "0.0.1", "3.11", "gpu-7", "/"), node, spec)
 
 
 def test_a_restart_starts_all_ranks_again_on_the_same_nodes(ray_cluster: RayUnderTest, tmp_path: Path) -> None:
@@ -291,3 +291,35 @@ if attempt == "0":
     assert code == 0, err
     assert {path.name for path in tmp_path.glob("*.1")} == {f"{rank}.1" for rank in range(4)}
     assert os.path.exists(tmp_path / "2.0")
+
+
+# In the first attempt waits to be ended, in the second says where it is. Its ancestors show on which raylet it runs.
+MOVES = """
+import os, time
+pids, pid = [], os.getpid()
+while pid > 1:
+    pids.append(pid)
+    pid = int(open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[1])
+with open("0.part", "w") as file:
+    print(*pids, file=file)
+os.rename("0.part", os.environ["TORCHELASTIC_RESTART_COUNT"] + ".pids")
+if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    time.sleep(600)
+"""
+
+
+def test_a_lost_node_is_replaced_by_one_that_is_free(ray_cluster: RayUnderTest, tmp_path: Path) -> None:
+    """Ray places the lost bundle again; the agent there is a new one, the job the same."""
+    raylets = {ray_cluster.add_node("spare"), ray_cluster.add_node("spare")}
+    try:
+        flags = ("--resources=spare=1", "--max-restarts=1")
+        with launched(ray_cluster, tmp_path, *flags, script(tmp_path, MOVES)) as process:
+            (first,) = raylets & set(pids_of(tmp_path, 1))
+            os.kill(first, signal.SIGKILL)
+            assert process.wait(DEADLINE_S) == 0, (tmp_path / "stderr.txt").read_text()
+        second = {int(pid) for pid in (tmp_path / "1.pids").read_text().split()}
+        assert raylets & second == raylets - {first}
+    finally:
+        for raylet in raylets:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(raylet, signal.SIGKILL)

@@ -10,7 +10,7 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -89,22 +89,18 @@ class Group:
             self.remove()
             raise
 
-    def complete(self, wait_for_all: Callable[[list[Bundle]], bool]) -> list[Bundle]:
-        """Waits until Ray has placed again what was on lost nodes, or until `wait_for_all` is content with what there is."""
+    def complete(self) -> list[Bundle]:
+        """After a loss: waits until enough nodes are there again; Ray places lost bundles on other nodes by itself."""
         waited_s = time.monotonic()
-        while not self._is_created():
-            there = self.bundles()
-            if not wait_for_all(there):
-                return there
-            missing = max(1, self._request.min_nodes - len(there))
-            free = [
-                offer for offer in survey.offers() if offer.node_id not in {bundle.node.node_id for bundle in there}
-            ]
+        while len(there := self.bundles()) < self._request.min_nodes:
+            held = {bundle.node.node_id for bundle in there}
+            free = [offer for offer in survey.offers() if offer.node_id not in held]
+            missing = self._request.min_nodes - len(there)
             answer = place(replace(self._request, min_nodes=missing, max_nodes=missing), free, survey.groups())
             if isinstance(answer, Refusal):
                 raise RequestRefused(f"nodes were lost and cannot be replaced: {answer.reason}", advice=answer.advice)
             self._wait_a_little(answer, time.monotonic() - waited_s)
-        return self.bundles()
+        return there
 
     def renew(self, deadline_s: float) -> None:
         """A new deadline, for a wait that begins now."""
@@ -187,9 +183,12 @@ def start_agents(group: Group, bundles: Sequence[Bundle], spec: JobSpec, stop: t
     try:
         hellos = [actor.hello.remote(spec.cwd, use_own_cwd) for actor in actors]
         _wait_for(hellos, bundles, stop)
+        heard = [_hear(ref, bundle.node) for ref, bundle in zip(hellos, bundles, strict=True)]
+        # Ray may have moved a bundle meanwhile, from a node that it has just found dead: where an agent is, it says itself.
+        nodes = survey.live_nodes()
         started = [
-            StartedAgent(bundle.node, actor, _hear(hello, bundle.node))
-            for bundle, actor, hello in zip(bundles, actors, hellos, strict=True)
+            StartedAgent(nodes.get(hello.node_id, bundle.node), actor, hello)
+            for hello, bundle, actor in zip(heard, bundles, actors, strict=True)
         ]
         for agent in started:
             _check(agent.hello, agent.node, spec)

@@ -1,4 +1,4 @@
-"""The node's side: an agent's host process, spoken to from inside a Ray actor. Knows Ray only by being called from it.
+"""The node's side: an agent's host process, spoken to from inside a Ray actor.
 
 Events leave by long-poll (`poll_events`), shown output by a second one (`poll_outputs`), each in a concurrency group of its own, so
 neither waits for the other and both do not wait for commands. Output never goes through Ray's own log forwarding, which folds
@@ -24,6 +24,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import ray
+
 from launcher.errors import NodeError
 from launcher.gang.events import AttemptPlan, Event, LogChunk, Notice, Output
 from launcher.gang.world import NodeInfo
@@ -45,6 +47,8 @@ CLOSE_S = 10.0
 class Hello:
     """What an agent says of itself before it is given work."""
 
+    node_id: str
+    """Ray's, of the node on which this process runs."""
     railhead: str
     python: str
     hostname: str
@@ -69,7 +73,8 @@ class AgentActor:
         """Who is here. `use_own_cwd`: Ray has put the job's files where this process runs (`runtime_env` with a working directory)."""
         chosen = os.getcwd() if use_own_cwd else cwd
         there = chosen if Path(chosen).is_dir() else None
-        return Hello(installed_version(), platform.python_version(), socket.gethostname(), there)
+        node_id = ray.get_runtime_context().get_node_id()
+        return Hello(node_id, installed_version(), platform.python_version(), socket.gethostname(), there)
 
     def begin(self, node: NodeInfo, spec: JobSpec, run_dir: str, cwd: str) -> None:
         """Starts the agent's host process and the agent in it."""

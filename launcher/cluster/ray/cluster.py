@@ -120,7 +120,7 @@ class RayCluster:
             bundles = self._group.create()
         else:
             self._group.renew(time.monotonic() + self._spec.place_timeout_s)
-            bundles = self._group.complete(lambda there: len(there) < self._spec.min_nodes)
+            bundles = self._group.complete()
         new = [bundle for bundle in bundles if bundle.node.node_id not in self._nodes]
         for agent in start_agents(self._group, new, self._spec, self._stop):
             self._take(agent)

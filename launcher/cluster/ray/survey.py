@@ -26,12 +26,11 @@ class ClusterNode:
 
 
 def live_nodes() -> dict[str, ClusterNode]:
-    """Nodes that live and are not being drained, by id."""
-    draining = ray_state.state.get_draining_nodes()
+    """Nodes that live, by id; those that are being drained too, for what runs there runs on for now."""
     return {
         node["NodeID"]: ClusterNode(node["NodeID"], node["NodeManagerHostname"], node["NodeManagerAddress"])
         for node in ray.nodes()
-        if node["Alive"] and node["NodeID"] not in draining
+        if node["Alive"]
     }
 
 
