@@ -71,9 +71,10 @@ def leave_world() -> None:
 def parallel(model: nn.Module, world: World, example_loss: Callable[[nn.Module], torch.Tensor]) -> nn.Module:
     """The model under DistributedDataParallel, with its gradient buckets in their final arrangement.
 
-    DDP arranges its buckets anew after the first backward pass, and over three or more ranks another arrangement adds gradients up in
-    another order: the first step after a resume would round differently than the same step of an uninterrupted run. So one pass is
-    made before the first step and leaves no trace. `example_loss` is a loss of any input of the right shape.
+    DDP arranges its buckets anew after the first backward pass, and over three or more ranks another arrangement adds
+    gradients up in another order: the first step after a resume would round differently than the same step of an
+    uninterrupted run. So one pass is made before the first step and leaves no trace. `example_loss` is a loss of any
+    input of the right shape.
     """
     if world.world_size == 1:
         return model

@@ -123,6 +123,22 @@ def decode_window(raw: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, int]
     return *window_to_tensors(raw), raw["__index__"]
 
 
+def open_data(args: argparse.Namespace, world: World, cache: Cache) -> tuple[TokenDataset, TokenDataset, ElasticLoader]:
+    """The training data, the data for evaluation, and the loader over this rank's part of the former."""
+    train = TokenDataset(cache, f"{args.data}/train", args.seq_len, decode_window)
+    val = TokenDataset(cache, f"{args.data}/val", args.seq_len, decode_window)
+    sampler = ElasticBatchSampler(
+        train,
+        args.global_batch_size,
+        seed=args.seed,
+        rank=world.rank,
+        world_size=world.world_size,
+        shuffle=args.shuffle,
+    )
+    loader = ElasticLoader(train, sampler, num_workers=args.num_workers, persistent_workers=args.num_workers > 0)
+    return train, val, loader
+
+
 @torch.no_grad()
 def bits_per_token(model: nn.Module, val: TokenDataset, num_windows: int, world: World, bf16: bool) -> float:
     """Cross entropy over windows spread through the evaluation text; with bytes for tokens, bits per byte."""
@@ -149,17 +165,7 @@ def main() -> None:
 
     cache = Cache()
     account = Account(world, cache)
-    train = TokenDataset(cache, f"{args.data}/train", args.seq_len, decode_window)
-    val = TokenDataset(cache, f"{args.data}/val", args.seq_len, decode_window)
-    sampler = ElasticBatchSampler(
-        train,
-        args.global_batch_size,
-        seed=args.seed,
-        rank=world.rank,
-        world_size=world.world_size,
-        shuffle=args.shuffle,
-    )
-    loader = ElasticLoader(train, sampler, num_workers=args.num_workers, persistent_workers=args.num_workers > 0)
+    train, val, loader = open_data(args, world, cache)
     world.say(
         f"{len(train):,} training windows of {args.seq_len} tokens in {len(train.index.shards)} shards; {len(loader):,} steps in an epoch"
     )

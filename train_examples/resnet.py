@@ -158,6 +158,23 @@ def to_input(pixels: torch.Tensor, device: torch.device) -> torch.Tensor:
     return pixels.to(device, non_blocking=True).float() / 127.5 - 1
 
 
+def open_data(args: argparse.Namespace, world: World, cache: Cache) -> tuple[ShardDataset, ShardDataset, ElasticLoader]:
+    """The training data, the data for testing, and the loader over this rank's part of the former."""
+    decode = DecodeImage(args.image_size, args.channels)
+    train = ShardDataset(cache, f"{args.data}/train", TarFormat(), decode)
+    test = ShardDataset(cache, f"{args.data}/test", TarFormat(), decode)
+    sampler = ElasticBatchSampler(
+        train,
+        args.global_batch_size,
+        seed=args.seed,
+        rank=world.rank,
+        world_size=world.world_size,
+        shuffle=args.shuffle,
+    )
+    loader = ElasticLoader(train, sampler, num_workers=args.num_workers, persistent_workers=args.num_workers > 0)
+    return train, test, loader
+
+
 @torch.no_grad()
 def accuracy(model: nn.Module, test: ShardDataset, world: World, bf16: bool) -> float:
     """The share of test images that are classified rightly; each rank looks at its part of them."""
@@ -184,18 +201,7 @@ def main() -> None:
 
     cache = Cache()
     account = Account(world, cache)
-    decode = DecodeImage(args.image_size, args.channels)
-    train = ShardDataset(cache, f"{args.data}/train", TarFormat(), decode)
-    test = ShardDataset(cache, f"{args.data}/test", TarFormat(), decode)
-    sampler = ElasticBatchSampler(
-        train,
-        args.global_batch_size,
-        seed=args.seed,
-        rank=world.rank,
-        world_size=world.world_size,
-        shuffle=args.shuffle,
-    )
-    loader = ElasticLoader(train, sampler, num_workers=args.num_workers, persistent_workers=args.num_workers > 0)
+    train, test, loader = open_data(args, world, cache)
     world.say(
         f"{len(train):,} training and {len(test):,} test images in {len(train.index.shards)} shards; {len(loader)} steps in an epoch"
     )

@@ -86,6 +86,11 @@ def test_launcher_and_cache_give_the_same_losses_through_a_killed_rank(
     assert findings(history) == []
     assert history.num_void > 0
     assert "resumed at epoch 0, step" in output
+    # The daemon outlives the attempt: what the first one has read, the second finds.
+    assert re.findall(r"cache: \w+, \d+ % resident", output) == [
+        "cache: cold, 0 % resident",
+        "cache: warm, 100 % resident",
+    ]
     assert {place: step.samples for place, step in history.steps.items()} == {
         place: step.samples for place, step in expected.steps.items()
     }
