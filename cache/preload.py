@@ -87,6 +87,8 @@ def preload(socket: str, urls: Sequence[str], *, jobs: int, verify: bool) -> Pre
         finally:
             threads.shutdown(wait=False, cancel_futures=True)
     after = cache.daemon_status()
+    if after is not None and after["counters"]["evicted_extents"] != before["counters"]["evicted_extents"]:
+        _look_again(cache, list(objects.values()), result)
     if after is not None:
         result.origin_bytes = after["counters"]["fetched_bytes"] - before["counters"]["fetched_bytes"]
     result.seconds = time.monotonic() - started
@@ -108,6 +110,18 @@ def _preload_one(cache: Cache, info: ObjectInfo, verify: bool, result: PreloadRe
         if not obj.verify():
             raise CacheError("what was read back from the disk does not match its checksums")
         result.verified_bytes += obj.size
+
+
+def _look_again(cache: Cache, objects: list[ObjectInfo], result: PreloadResult) -> None:
+    """Something was evicted meanwhile, for another reader perhaps: it may have been ours."""
+    for info in objects:
+        if info.url in result.failures:
+            continue
+        with cache.open(info.url) as obj:
+            missing = obj.size - (obj.on_disk_bytes or 0)
+        if missing:
+            result.resident_bytes -= missing
+            result.failures[info.url] = f"{format_bytes(missing)} of it were evicted again while the rest was fetched"
 
 
 def _check_room(objects: list[ObjectInfo], capacity_bytes: int) -> None:

@@ -4,10 +4,21 @@ from __future__ import annotations
 
 import pytest
 
+from tests.counting_origin import counting_origin
+from tests.daemon import cache_daemon, open_cache
 from tests.raycluster import ray_cluster
 from tests.weed import bucket, s3_environment, shared_bucket, weed
 
-__all__ = ["bucket", "ray_cluster", "s3_environment", "shared_bucket", "weed"]
+__all__ = [
+    "bucket",
+    "cache_daemon",
+    "counting_origin",
+    "open_cache",
+    "ray_cluster",
+    "s3_environment",
+    "shared_bucket",
+    "weed",
+]
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -39,6 +39,7 @@ class Door:
     def __init__(self, socket: str) -> None:
         self.socket = socket
         self.members: weakref.WeakSet[ForkAware] = weakref.WeakSet()
+        self._was_tried = False
         self._reset()
 
     def _reset(self) -> None:
@@ -46,7 +47,6 @@ class Door:
         self.direct = DirectReader()
         self._lock = threading.RLock()
         self._link: Link | None = None
-        self._was_tried = False
         self._next_connect_s = 0.0
         self._reported_s = 0.0
         _close_at_exit(self)
@@ -134,7 +134,7 @@ class Door:
         link, direct, members = self._link, self.direct, list(self.members)
         self._reset()
         if link is not None:
-            link.close()
+            link.abandon()
         direct.forget()
         for member in members:
             member.after_fork()

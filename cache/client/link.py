@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+import threading
 import uuid
 import weakref
 from collections import deque
@@ -18,7 +19,7 @@ from cache.daemon import wire
 from cache.daemon.channel import Channel, close_all
 from cache.daemon.words import WordsView
 from cache.errors import CacheError, DaemonUnavailable
-from cache.residency.slots import HEARTBEAT_WORD
+from cache.residency.slots import EVICTION_WORD, HEARTBEAT_WORD
 
 HELLO_TIMEOUT_S = 5.0
 
@@ -59,52 +60,72 @@ class _ExtentMap(mmap.mmap):
 
 
 class Link:
-    """Raises DaemonUnavailable when nobody answers. Any thread may call `request` and `tell`."""
+    """Raises DaemonUnavailable when nobody answers. Any thread may call."""
 
     def __init__(self, socket_path: str) -> None:
         self.client_id = f"{os.getpid()}-{uuid.uuid4().hex[:12]}"
         self.is_alive = True
         self.released: deque[tuple[str, int, int]] = deque()
+        self.mappings: weakref.WeakSet[Any] = weakref.WeakSet()
         self._socket_path = socket_path
+        self._channels: set[Channel] = set()
+        self._daemon_id = ""
         channel, fd, num_words = self._connect()
         self._words = WordsView(fd, num_words)
         self.words = self._words.view
+        self.seen_evictions = self.words[EVICTION_WORD]
         self._idle: deque[Channel] = deque([channel])
+        # What is told must arrive in the order in which it was said (an order, then how much of it is done), so it has a connection
+        # of its own; requests take whichever is idle.
+        self._teller: Channel | None = None
+        self._tell_lock = threading.Lock()
 
     def request(self, header: dict[str, Any], body: bytes = b"") -> tuple[wire.Frame, list[int]]:
         """Waits as long as the daemon works: how long a fetch may take is its decision. Raises CacheError of the daemon, or
         DaemonUnavailable when it went away or its heart stopped; the link is dead then."""
         channel = self._take()
         try:
-            answer = channel.request(header, body, timeout_s=HEARTBEAT_WATCH_S, is_working=self._beats())
+            answer = channel.request(
+                header, body, timeout_s=HEARTBEAT_WATCH_S, is_working=self._beats(), on_nudge=self.drop_evicted
+            )
         except CacheError as error:
             if isinstance(error, DaemonUnavailable):
-                self.is_alive = False
-                channel.close()
+                self._drop(channel)
+                self.close()
             else:
                 self._idle.append(channel)
             raise
         except BaseException:
             # An interrupt in mid-answer: what is left of the answer would be taken for the next one.
-            self.is_alive = False
-            channel.close()
+            self._drop(channel)
+            self.close()
             raise
         self._idle.append(channel)
+        if not self.is_alive:
+            self.close()  # Another thread found the daemon dead meanwhile: nobody will use this connection again.
         return answer
 
     def tell(self, header: dict[str, Any], body: bytes = b"") -> None:
-        channel = self._take()
+        """Sends without waiting for an answer; all that is told arrives in order. Raises DaemonUnavailable; the link is dead then."""
         try:
-            channel.tell(header, body)
+            with self._tell_lock:
+                if self._teller is None:
+                    self._teller = self._connect_again()
+                self._teller.tell(header, body)
         except BaseException:
-            channel.close()
-            self.is_alive = False
+            self.close()
             raise
-        self._idle.append(channel)
+
+    def drop_evicted(self) -> None:
+        """Lets go of every file that the daemon has evicted, so that their bytes come free: also of objects that nobody reads just now."""
+        self.seen_evictions = self.words[EVICTION_WORD]
+        for mapping in list(self.mappings):
+            mapping.drop_evicted()
+        self.flush_released()
 
     def flush_released(self) -> None:
-        """Tells the daemon which evicted files this process no longer holds. Best effort: a daemon that is gone needs no telling."""
-        with contextlib.suppress(IndexError, DaemonUnavailable):
+        """Tells the daemon which files this process no longer holds. Best effort: a daemon that is gone needs no telling."""
+        with contextlib.suppress(IndexError, CacheError):
             while self.is_alive:
                 content_id, extent_idx, generation = self.released.popleft()
                 self.tell(
@@ -112,11 +133,23 @@ class Link:
                 )
 
     def close(self) -> None:
-        """Closes the connections; words and files go with the last object that refers to them."""
+        """Ends the connections: to the daemon this reader is gone. Words and files go with the last object that refers to them."""
         self.is_alive = False
+        for channel in list(self._channels):
+            channel.shut()
         with contextlib.suppress(IndexError):
             while True:
-                self._idle.popleft().close()
+                self._drop(self._idle.popleft())
+        teller, self._teller = self._teller, None
+        if teller is not None:
+            self._drop(teller)
+
+    def abandon(self) -> None:
+        """In a forked child: closes its copies of the parent's connections, those too that a thread of the parent is using; else the
+        daemon would take the parent for alive for as long as the child lives."""
+        self.is_alive = False
+        for channel in list(self._channels):
+            channel.close()
 
     def _beats(self) -> Callable[[], bool]:
         """Says whether the daemon's heart has beaten since the last time it was asked."""
@@ -135,9 +168,16 @@ class Link:
         try:
             return self._idle.popleft()
         except IndexError:
+            return self._connect_again()
+
+    def _connect_again(self) -> Channel:
+        try:
             channel, fd, _ = self._connect()
-            os.close(fd)
-            return channel
+        except DaemonUnavailable:
+            self.close()
+            raise
+        os.close(fd)
+        return channel
 
     def _connect(self) -> tuple[Channel, int, int]:
         """A channel that said hello, the descriptor of the words and how many there are."""
@@ -145,12 +185,23 @@ class Link:
         hello = {"op": "hello", "version": wire.PROTOCOL_VERSION, "client_id": self.client_id, "pid": os.getpid()}
         try:
             frame, fds = channel.request(hello, timeout_s=HELLO_TIMEOUT_S)
+            daemon_id = str(frame.header.get("daemon_id", ""))
             if len(fds) != 1:
                 close_all(fds)
                 raise DaemonUnavailable(
                     f"what answers at {self._socket_path} is not a cache daemon: it passed no words"
                 )
+            if self._daemon_id not in ("", daemon_id):
+                # Its generations mean other files than those of our words.
+                close_all(fds)
+                raise DaemonUnavailable("the cache daemon was restarted")
         except BaseException:
             channel.close()
             raise
+        self._daemon_id = daemon_id
+        self._channels.add(channel)
         return channel, fds[0], int(frame.header["num_words"])
+
+    def _drop(self, channel: Channel) -> None:
+        channel.close()
+        self._channels.discard(channel)

@@ -6,7 +6,6 @@ from typing import Any
 
 from cache.blocks import BLOCK_BYTES, EXTENT_BYTES
 from cache.client.link import Link, OpenExtent
-from cache.residency.slots import EVICTION_WORD
 
 MAX_OPEN_EXTENTS = 512
 """Extent files of one object that a process keeps open (32 GiB of data); the usual limit of descriptors is 1,024."""
@@ -16,13 +15,13 @@ class Mapping:
     """Any thread may call. It outlives its daemon: what it holds stays right, only requests fail."""
 
     __slots__ = (
+        "__weakref__",
         "base",
         "content_id",
         "etag",
         "extents",
         "link",
         "on_disk_bytes",
-        "seen_evictions",
         "size",
         "url",
         "words",
@@ -38,7 +37,7 @@ class Mapping:
         self.size: int = header["size_bytes"]
         self.on_disk_bytes: int = header["on_disk_bytes"]
         self.extents: dict[int, OpenExtent] = {}
-        self.seen_evictions = self.words[EVICTION_WORD]
+        link.mappings.add(self)
 
     def resident(self, offset: int, end: int) -> OpenExtent | None:
         """The open file that holds [offset, end), which lies within one extent, if all of it is resident there."""
@@ -52,12 +51,10 @@ class Mapping:
         return extent
 
     def drop_evicted(self) -> None:
-        """Lets go of files that the daemon has evicted, so that their bytes come free."""
-        self.seen_evictions = self.words[EVICTION_WORD]
+        """Lets go of files that the daemon has evicted (see Link.drop_evicted, which does this for all objects)."""
         extent_words = self.base + -(-self.size // BLOCK_BYTES)
         held = list(self.extents.items())
         gone = [extent_idx for extent_idx, extent in held if self.words[extent_words + extent_idx] != extent.generation]
         del held
         for extent_idx in gone:
             self.extents.pop(extent_idx, None)
-        self.link.flush_released()

@@ -14,7 +14,7 @@ from cache.blocks import BLOCK_BYTES, EXTENT_BYTES, num_extents
 from cache.client.door import Door, door_at
 from cache.client.link import OpenExtent
 from cache.client.mapping import MAX_OPEN_EXTENTS, Mapping
-from cache.errors import CacheError, CapacityError, DaemonUnavailable
+from cache.errors import CacheError, CapacityError, CorruptBlock, DaemonUnavailable
 from cache.residency.slots import EVICTION_WORD
 from cache.store.format import HEADER_BYTES
 
@@ -61,7 +61,10 @@ class CachedObject:
         ):
             extent = mapping.resident(offset, end)
             if extent is not None:
-                data = os.pread(extent.fd, length, HEADER_BYTES + offset % EXTENT_BYTES)
+                try:
+                    data = os.pread(extent.fd, length, HEADER_BYTES + offset % EXTENT_BYTES)
+                except OSError:
+                    data = b""  # The disk failed: the slow path says so and reads the origin.
                 if len(data) == length:
                     self._count_hit(mapping, offset, length)
                     return data
@@ -163,8 +166,8 @@ class CachedObject:
         stats.hit_bytes += length
         if not stats.hits % REPORT_EVERY_READS:
             self._door.maybe_report()
-        if mapping.words[EVICTION_WORD] != mapping.seen_evictions:
-            mapping.drop_evicted()
+        if mapping.words[EVICTION_WORD] != mapping.link.seen_evictions:
+            mapping.link.drop_evicted()
         if offset == self._next_offset:
             self._read_ahead(mapping, offset + length)
         self._next_offset = offset + length
@@ -186,8 +189,8 @@ class CachedObject:
                 self._door.maybe_report()
             mapping = self._mapping
             if mapping is not None:
-                if mapping.words[EVICTION_WORD] != mapping.seen_evictions:
-                    mapping.drop_evicted()
+                if mapping.words[EVICTION_WORD] != mapping.link.seen_evictions:
+                    mapping.link.drop_evicted()
                 if offset == self._next_offset:
                     self._read_ahead(mapping, end)
             self._next_offset = end
@@ -210,20 +213,21 @@ class CachedObject:
                 return None, "direct"
             try:
                 extent, cause = self._fault(mapping, offset, end)
-            except DaemonUnavailable as error:
-                self._door.lost(error)
-                return None, "direct"
-            except CapacityError as error:
+            except (DaemonUnavailable, CapacityError, CorruptBlock) as error:
+                if isinstance(error, DaemonUnavailable):
+                    self._door.lost(error)
                 log.debug("%s", error)
+                self._door.stats.waited(time.monotonic() - started, "direct")
                 return None, "direct"
-            # Between the answer and now it may have been evicted again: then ask once more.
-            if mapping.resident(offset, end) is extent:
+            if extent is not None:
+                # It may have been evicted again since the answer; the open file is right all the same.
                 if cause != "hit":
                     self._door.stats.waited(time.monotonic() - started, cause)
                 return extent, cause
         return None, "direct"
 
-    def _fault(self, mapping: Mapping, offset: int, end: int) -> tuple[OpenExtent, str]:
+    def _fault(self, mapping: Mapping, offset: int, end: int) -> tuple[OpenExtent | None, str]:
+        """The file that the daemon answers with; None when another thread let go of it meanwhile: to be asked for again."""
         extent_idx = offset // EXTENT_BYTES
         held = mapping.extents.get(extent_idx)
         request = {
@@ -238,9 +242,8 @@ class CachedObject:
         generation = frame.header["generation"]
         if not fds:
             extent = mapping.extents.get(extent_idx)
-            if extent is None or extent.generation != generation:
-                raise CapacityError(f"another thread let go of extent {extent_idx} of {self.url}")
-            return extent, frame.header["cause"]
+            is_ours = extent is not None and extent.generation == generation
+            return extent if is_ours else None, frame.header["cause"]
         extent = OpenExtent(mapping.link, (mapping.content_id, extent_idx), generation, fds[0])
         existing = mapping.extents.get(extent_idx)
         if existing is not None and existing.generation == generation:

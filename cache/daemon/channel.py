@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import contextlib
 import os
 import socket
@@ -40,19 +41,21 @@ class Channel:
         *,
         timeout_s: float,
         is_working: Callable[[], bool] | None = None,
+        on_nudge: Callable[[], None] | None = None,
     ) -> tuple[wire.Frame, list[int]]:
         """The answer and the descriptors that came with it (the caller owns them). Raises the CacheError of the other side, or
         DaemonUnavailable when the connection broke or nothing came for `timeout_s`; the channel is of no more use then.
-        `is_working`: asked after each `timeout_s`; while it says yes we go on waiting."""
+        `is_working`: asked after each `timeout_s`; while it says yes we go on waiting. `on_nudge`: called when the other side says that
+        files which this process holds were evicted, and that somebody, perhaps this request, waits for their space."""
         self._next_id += 1
         self.tell({**header, "id": self._next_id}, body)
         fds: list[int] = []
         try:
             self._sock.settimeout(timeout_s)
-            frames: list[wire.Frame] = []
-            while not frames:
+            answer: wire.Frame | None = None
+            while answer is None:
                 try:
-                    data, received, _, _ = socket.recv_fds(self._sock, RECV_BYTES, MAX_FDS)
+                    data, received = _recv_fds(self._sock)
                 except TimeoutError:
                     if is_working is not None and is_working():
                         continue
@@ -60,18 +63,21 @@ class Channel:
                 fds += received
                 if not data:
                     raise DaemonUnavailable("the cache daemon closed the connection")
-                frames = self._decoder.feed(data)
+                for frame in self._decoder.feed(data):
+                    if frame.header.get("id") == self._next_id:
+                        answer = frame
+                    elif "evicted" in frame.header and on_nudge is not None:
+                        on_nudge()
         except (OSError, wire.ProtocolError) as error:
             close_all(fds)
             raise DaemonUnavailable(f"the connection to the cache daemon broke: {error}") from error
         except DaemonUnavailable:
             close_all(fds)
             raise
-        frame = frames[0]
-        if "error" in frame.header:
+        if "error" in answer.header:
             close_all(fds)
-            raise from_wire(frame.header["error"])
-        return frame, fds
+            raise from_wire(answer.header["error"])
+        return answer, fds
 
     def tell(self, header: dict[str, Any], body: bytes = b"") -> None:
         """Sends without waiting for an answer. Raises DaemonUnavailable."""
@@ -81,8 +87,24 @@ class Channel:
         except OSError as error:
             raise DaemonUnavailable(f"the connection to the cache daemon broke: {error}") from error
 
+    def shut(self) -> None:
+        """Ends the connection, also for a thread that waits on it just now; it gets DaemonUnavailable."""
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+
     def close(self) -> None:
         self._sock.close()
+
+
+def _recv_fds(sock: socket.socket) -> tuple[bytes, list[int]]:
+    """socket.recv_fds, but with descriptors that a program which the trainer starts does not inherit: it would keep evicted files."""
+    fds = array.array("i")
+    space = socket.CMSG_LEN(MAX_FDS * fds.itemsize)
+    data, ancillary, _, _ = sock.recvmsg(RECV_BYTES, space, socket.MSG_CMSG_CLOEXEC)
+    for level, kind, content in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
+    return data, list(fds)
 
 
 def close_all(fds: list[int]) -> None:

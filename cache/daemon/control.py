@@ -13,12 +13,14 @@ import logging
 import random
 import sqlite3
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
+import uuid
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any, TypeVar
 
 from cache.blocks import BLOCKS_PER_EXTENT, EXTENT_BYTES, ExtentId, ObjectId, block_span, blocks_of
+from cache.daemon import wire
 from cache.daemon.config import DaemonConfig
 from cache.daemon.pool import WorkerPool
 from cache.daemon.words import Words
@@ -65,6 +67,10 @@ class Control:
             rng=random.Random(),
             num_words=NUM_WORDS,
         )
+        self.daemon_id = uuid.uuid4().hex
+        """Of this process: a reader must not mix two daemons' words and generations."""
+        self.on_held_evicted: Callable[[Iterable[str]], None] = lambda client_ids: None
+        """Called with the readers that hold a file which was evicted."""
         self.recovered = Recovered()
         self.started_s = time.monotonic()
         self.resident_bytes_at_start = 0
@@ -144,12 +150,19 @@ class Control:
         self._step(m.ObjectOpened(client_id, object_id))
         return object_id
 
-    async def want(self, client_id: str, content_id: str, first: int, end: int) -> m.Answer:
-        """Waits until the blocks [first, end) of one extent are readable. Raises CacheError. The client counts as holder of the extent."""
-        return await self._ask(lambda rid: m.BlocksWanted(rid, client_id, content_id, first, end))
+    async def want(
+        self, client_id: str, content_id: str, first: int, end: int, hand_over: Callable[[m.Answer], T]
+    ) -> T:
+        """Waits until the blocks [first, end) of one extent are readable; `hand_over(answer)` is called while the extent cannot be
+        evicted. Raises CacheError."""
+        request_id = next(self._request_ids)
+        try:
+            return hand_over(await self._ask(m.BlocksWanted(request_id, client_id, content_id, first, end)))
+        finally:
+            self._step(m.WantSettled(request_id))
 
     async def check(self, client_id: str, extent: ExtentId) -> m.Answer:
-        return await self._ask(lambda rid: m.CheckAsked(rid, client_id, extent))
+        return await self._ask(m.CheckAsked(next(self._request_ids), client_id, extent))
 
     def tell(self, event: m.Event) -> None:
         """An event that nobody waits for the answer of."""
@@ -158,11 +171,17 @@ class Control:
     async def announce(
         self, client_id: str, stream_id: str, urls: list[str], visits: list[tuple[int, int, int]]
     ) -> None:
-        """A reader's order: (index into urls, offset, length). Objects are opened on the way; raises OriginError when one is missing."""
-        objects = await asyncio.gather(*(self.open_object(client_id, url, None) for url in urls))
+        """A reader's order: (index into urls, offset, length). Objects are opened on the way; of one that cannot be opened nothing
+        is fetched ahead."""
+        opened = [self.open_object(client_id, url, None) for url in urls]
+        objects = await asyncio.gather(*opened, return_exceptions=True)
         planned = []
         for url_idx, offset, length in visits:
             object_id = objects[url_idx]
+            if isinstance(object_id, BaseException):
+                # It keeps its place: the reader counts visits, and will meet the error itself.
+                planned.append(Visit("", 0, 0))
+                continue
             span = blocks_of(object_id.size_bytes, offset, length)
             planned.append(Visit(object_id.content_id, span.start, span.stop))
         self._step(m.OrderAnnounced(client_id, stream_id, tuple(planned)))
@@ -259,17 +278,25 @@ class Control:
                     raise
                 await asyncio.sleep(delay_s)
 
+    async def _from_worker(self, request: dict[str, Any]) -> wire.Frame:
+        """A worker's answer about a local file; asked again when the worker dies meanwhile, which is not the file's fault."""
+        for _ in range(HEAD_RETRY.max_attempts - 1):
+            try:
+                return await self.pool.request(request)
+            except OriginUnavailable:
+                await asyncio.sleep(HEAD_RETRY.base_s)
+        return await self.pool.request(request)
+
     # -- the loop around the machine --
 
-    async def _ask(self, event: Callable[[int], m.Event]) -> m.Answer:
-        request_id = next(self._request_ids)
+    async def _ask(self, event: m.BlocksWanted | m.CheckAsked) -> m.Answer:
         future: asyncio.Future[m.Answer] = asyncio.get_running_loop().create_future()
-        self._answers[request_id] = future
+        self._answers[event.request_id] = future
         try:
-            self._step(event(request_id))
+            self._step(event)
             answer = await future
         finally:
-            self._answers.pop(request_id, None)
+            self._answers.pop(event.request_id, None)
         if answer.error is not None:
             raise answer.error
         return answer
@@ -294,6 +321,9 @@ class Control:
             case m.CreateExtent():
                 self._spawn(self._create(action, self._on_disk(self._create_on_disk, action)))
             case m.RemoveExtent():
+                ghost = self.residency.budget.ghosts.get((action.extent, action.generation))
+                if ghost is not None:
+                    self.on_held_evicted(list(ghost.holders))
                 self._spawn(self._remove(self._on_disk(self._remove_on_disk, action)))
             case m.ReadTable():
                 self._spawn(self._read_table(action))
@@ -364,7 +394,7 @@ class Control:
         }
         is_sound = False
         with contextlib.suppress(CacheError):
-            is_sound = bool((await self.pool.request(request)).header["is_sound"])
+            is_sound = bool((await self._from_worker(request)).header["is_sound"])
         if not is_sound:
             log.warning("block %d of %s does not match its checksum: discarded", action.block, action.object_id.url)
         self._step(m.BlockChecked(extent, action.generation, action.block, is_sound))
@@ -401,7 +431,7 @@ class Control:
     async def _read_table(self, action: m.ReadTable) -> None:
         path = str(self.directory.extent_path(action.extent, action.generation))
         try:
-            frame = await self.pool.request({"op": "table", "path": path})
+            frame = await self._from_worker({"op": "table", "path": path})
             if frame.header["content_id"] != action.extent.content_id:
                 raise CorruptBlock(f"{path} says it belongs to {frame.header['content_id']}")
         except CacheError as error:

@@ -70,6 +70,9 @@ class WorkerProcess:
                         future.set_result(frame)
         except OSError:
             pass
+        except wire.ProtocolError as error:
+            log.error("fetch worker %d sent what is no frame: %s", self.process.pid, error)
+            self.process.kill()
         for future in self._waiting.values():
             if not future.done():
                 future.set_exception(

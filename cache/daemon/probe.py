@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from typing import Any
 
 from cache.daemon import wire
@@ -36,6 +37,19 @@ def answers(socket_path: str) -> bool:
         open_channel(socket_path).close()
     except DaemonUnavailable:
         return False
+    return True
+
+
+def is_listening(socket_path: str) -> bool:
+    """Whether any living program, a cache daemon or not, frozen or not, has this socket; False for what a dead one left behind."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.settimeout(TIMEOUT_S)
+        try:
+            sock.connect(socket_path)
+        except (ConnectionRefusedError, FileNotFoundError):
+            return False
+        except OSError:
+            return True
     return True
 
 

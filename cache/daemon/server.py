@@ -99,10 +99,10 @@ def _listen(config: DaemonConfig) -> socket.socket:
     with contextlib.suppress(FileNotFoundError):
         if not stat.S_ISSOCK(path.lstat().st_mode):
             raise CacheConfigError(f"{path} exists and is not a socket", advice="choose another path with --socket")
-        if probe.answers(str(path)):
+        if probe.is_listening(str(path)):
+            who = "a cache daemon for another directory" if probe.answers(str(path)) else "another program"
             raise CacheConfigError(
-                f"another cache daemon serves {path}, with another directory than {config.dir}",
-                advice="choose another --socket, or stop that daemon",
+                f"{who} listens at {path}", advice="choose another --socket, or stop what listens there"
             )
         path.unlink()
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

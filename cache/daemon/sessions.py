@@ -10,6 +10,8 @@ Requests and their answers (each request with an `id` is answered exactly once, 
     status    {}                                             → the daemon's account
     evict     {url}                                          → {evicted_bytes}
 
+Between answers a reader may be told {"evicted": true}: files that it holds were evicted and their space is needed.
+
 and without an answer: hint {content_id, first, end}, release {content_id, extent_idx, generation}, announce {stream, urls, num_visits} +
 visits, advance {stream, num_visits}, close_stream {stream}, report {stats}.
 """
@@ -17,11 +19,12 @@ visits, advance {stream, num_visits}, close_stream {stream}, report {stats}.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import socket
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
 from cache.blocks import ExtentId, extent_of
@@ -45,17 +48,24 @@ class Clients:
 
     def __init__(self, control: Control) -> None:
         self._control = control
-        self._connections: dict[str, int] = {}
+        self._connections: dict[str, set[Session]] = {}
         self._streams: dict[str, set[str]] = {}
         self._reports: dict[str, dict[str, float]] = {}
         self._totals: dict[str, float] = {}
+        control.on_held_evicted = self.nudge
 
-    def came(self, client_id: str) -> None:
-        self._connections[client_id] = self._connections.get(client_id, 0) + 1
+    def came(self, client_id: str, session: Session) -> None:
+        self._connections.setdefault(client_id, set()).add(session)
 
-    def went(self, client_id: str) -> None:
-        self._connections[client_id] -= 1
-        if self._connections[client_id] > 0:
+    def nudge(self, client_ids: Iterable[str]) -> None:
+        """Tells readers that files which they hold were evicted, where they wait for us and would not look by themselves."""
+        for client_id in client_ids:
+            for session in self._connections.get(client_id, ()):
+                session.nudge()
+
+    def went(self, client_id: str, session: Session) -> None:
+        self._connections[client_id].discard(session)
+        if self._connections[client_id]:
             return
         del self._connections[client_id]
         for stream_id in self._streams.pop(client_id, set()):
@@ -98,6 +108,7 @@ class Session:
         self._send_lock = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
         self._in_order = asyncio.Lock()
+        self._num_announcing = 0
 
     async def serve(self) -> None:
         loop = asyncio.get_running_loop()
@@ -110,12 +121,14 @@ class Session:
             log.warning("a reader was disconnected: %s: %s", type(error).__name__, error)
         except OSError:
             pass
+        except Exception:
+            log.exception("a reader was disconnected")
         finally:
             self._sock.close()
             for task in list(self._tasks):
                 task.cancel()
             if self._client_id:
-                self._clients.went(self._client_id)
+                self._clients.went(self._client_id, self)
 
     async def _accept(self, frame: wire.Frame) -> None:
         """One frame: told at once, or answered by a task of its own so that a long wait does not hold up the next request."""
@@ -123,9 +136,12 @@ class Session:
         op = str(request["op"])
         if not self._client_id and op != "hello":
             raise wire.ProtocolError(f"{op} before hello")
-        if op in _TOLD:
+        if op in ("advance", "close_stream") and self._num_announcing:
+            self._spawn(self._in_turn(op, request))
+        elif op in _TOLD:
             _TOLD[op](self, request)
         elif op == "announce":
+            self._num_announcing += 1
             self._spawn(self._announce(frame))
         elif len(self._tasks) >= MAX_REQUESTS_PER_CONNECTION:
             raise wire.ProtocolError(f"more than {MAX_REQUESTS_PER_CONNECTION} requests at once on one connection")
@@ -133,6 +149,15 @@ class Session:
             self._spawn(self._answer(request, _ANSWERED[op](self, request)))
         else:
             raise wire.ProtocolError(f"unknown request {op!r}")
+
+    def nudge(self) -> None:
+        """Only where somebody reads: an answer is being waited for."""
+        if self._tasks:
+            self._spawn(self._send_nudge())
+
+    async def _send_nudge(self) -> None:
+        with contextlib.suppress(OSError):
+            await self._send({"evicted": True}, [])
 
     def _spawn(self, work: Any) -> None:
         task = asyncio.create_task(work)
@@ -147,6 +172,9 @@ class Session:
             header = {"error": error.to_wire()}
         except (KeyError, TypeError, ValueError, IndexError) as error:
             header = {"error": CacheError(f"request {request.get('op')!r} is malformed: {error!r}").to_wire()}
+        except Exception as error:  # a bug of ours must reach the reader as an error, not as silence
+            log.exception("request %r failed", request.get("op"))
+            header = {"error": CacheError(f"the cache daemon failed: {type(error).__name__}: {error}").to_wire()}
         try:
             await self._send({"id": request.get("id"), **header}, fds)
         except OSError:
@@ -181,9 +209,10 @@ class Session:
         if self._client_id:
             raise CacheError("hello came twice")
         self._client_id = str(request["client_id"])
-        self._clients.came(self._client_id)
+        self._clients.came(self._client_id, self)
         header = {
             "version": wire.PROTOCOL_VERSION,
+            "daemon_id": self._control.daemon_id,
             "num_words": self._control.words.num_words,
             "capacity_bytes": self._control.config.capacity_bytes,
         }
@@ -207,21 +236,24 @@ class Session:
         if not 0 <= first < end or extent_of(first) != extent_of(end - 1):
             raise ValueError(f"blocks [{first}, {end}) are not within one extent")
         started = time.monotonic()
-        answer = await self._control.want(self._client_id, content_id, first, end)
         extent = ExtentId(content_id, extent_of(first))
-        header = {"generation": answer.generation, "cause": answer.cause, "wait_s": time.monotonic() - started}
-        if answer.generation == request.get("have"):
-            return header, []
-        # Held before it is opened: an eviction from now on counts the file's bytes until this reader lets go.
-        self._control.tell(m.ExtentHeld(self._client_id, extent, answer.generation))
-        try:
-            fd = os.open(self._control.directory.extent_path(extent, answer.generation), os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            self._control.tell(m.ExtentReleased(self._client_id, extent, answer.generation))
-            raise CapacityError(
-                f"an extent of {content_id} was evicted before it could be handed over: {error.strerror}"
-            ) from error
-        return header, [fd]
+
+        def hand_over(answer: m.Answer) -> Reply:
+            header = {"generation": answer.generation, "cause": answer.cause, "wait_s": time.monotonic() - started}
+            if answer.generation == request.get("have"):
+                return header, []
+            # From now on an eviction counts the file's bytes until this reader lets go.
+            self._control.tell(m.ExtentHeld(self._client_id, extent, answer.generation))
+            try:
+                path = self._control.directory.extent_path(extent, answer.generation)
+                return header, [os.open(path, os.O_RDONLY | os.O_CLOEXEC)]
+            except OSError as error:
+                self._control.tell(m.ExtentReleased(self._client_id, extent, answer.generation))
+                raise CapacityError(
+                    f"the file of an extent of {content_id} cannot be opened: {error.strerror}"
+                ) from error
+
+        return await self._control.want(self._client_id, content_id, first, end, hand_over)
 
     async def _check(self, request: dict[str, Any]) -> Reply:
         extent = ExtentId(str(request["content_id"]), int(request["extent_idx"]))
@@ -252,6 +284,13 @@ class Session:
                 await self._control.announce(self._client_id, stream_id, urls, visits)
             except (CacheError, wire.ProtocolError, KeyError) as error:
                 log.warning("an announced order was ignored: %s", error)
+            finally:
+                self._num_announcing -= 1
+
+    async def _in_turn(self, op: str, request: dict[str, Any]) -> None:
+        """What is said of a stream must not overtake the announcement before it, which may still be looking up its objects."""
+        async with self._in_order:
+            _TOLD[op](self, request)
 
     def _advance(self, request: dict[str, Any]) -> None:
         stream_id = self._clients.stream_id(self._client_id, str(request["stream"]))
@@ -261,7 +300,10 @@ class Session:
         self._control.tell(m.StreamClosed(self._clients.stream_id(self._client_id, str(request["stream"]))))
 
     def _hint(self, request: dict[str, Any]) -> None:
-        self._control.tell(m.BlocksHinted(str(request["content_id"]), int(request["first"]), int(request["end"])))
+        first, end = int(request["first"]), int(request["end"])
+        if not 0 <= first <= end:
+            raise ValueError(f"a hint for the blocks [{first}, {end})")
+        self._control.tell(m.BlocksHinted(str(request["content_id"]), first, end))
 
     def _release(self, request: dict[str, Any]) -> None:
         extent = ExtentId(str(request["content_id"]), int(request["extent_idx"]))

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cache.daemon import wire
-from cache.errors import CacheError, CapacityError, OriginUnavailable
+from cache.errors import CacheError, CapacityError, CorruptBlock, OriginUnavailable
 from cache.origin.registry import origin_for
 from cache.store.files import block_is_sound, read_header, write_block
 from cache.store.format import HEADER_BYTES, ExtentHeader, decode_header
@@ -56,6 +56,8 @@ class _OpenExtents:
                     raise
             except OSError as error:
                 raise CapacityError(f"cannot open {path}: {error.strerror}") from error
+            except CorruptBlock as error:
+                raise CapacityError(f"{path} cannot be used: {error}") from error
             found = self._open[path] = (fd, header)
             if len(self._open) > MAX_OPEN_FILES:
                 _, (old_fd, _) = self._open.popitem(last=False)

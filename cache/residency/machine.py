@@ -243,13 +243,20 @@ class Residency:
                 self._hints.pop(key, None)
         if extent is not None:
             extent.last_use_s = self._now
-        if not want.missing:
-            self._actions.append(m.Answer(event.request_id, extent.generation if extent is not None else 0))
+        if not want.missing and extent is not None:
+            self._answer(want, extent, m.Answer(event.request_id, extent.generation))
             return
         self.counters.delayed_hits += want.cause == "delayed hit"
         self._waiting.add(want)
         if extent is not None:
             extent.num_waiters += 1
+
+    def _want_settled(self, event: m.WantSettled) -> None:
+        want = self._waiting.answered.pop(event.request_id, None)
+        if want is not None:
+            self.residents.extents[want.extent].num_waiters -= 1
+        elif event.request_id in self._waiting.wants:
+            self._ended(self._waiting.drop(event.request_id))
 
     def _cause(self, key: BlockKey, state: BlockState, extent: Extent | None) -> str:
         if state is BlockState.FETCHING or key in self._demand:
@@ -303,6 +310,8 @@ class Residency:
         self.budget.forget_client(event.client_id)
         for request_id in self._waiting.of_client(event.client_id):
             self._ended(self._waiting.drop(request_id))
+        for request_id in self._waiting.answered_of(event.client_id):
+            self._want_settled(m.WantSettled(request_id))
         for check in self._waiting.drop_checks_of(event.client_id):
             self._check_ended(check)
         for content_id, known in self.residents.objects.items():
@@ -579,7 +588,13 @@ class Residency:
         self._demand.pop(key, None)
         for want, answer in self._waiting.arrived(key, extent.generation):
             self._ended(want)
-            self._actions.append(answer)
+            self._answer(want, extent, answer)
+
+    def _answer(self, want: Want, extent: Extent, answer: m.Answer) -> None:
+        extent.last_use_s = self._now
+        extent.num_waiters += 1
+        self._waiting.answered[want.event.request_id] = want
+        self._actions.append(answer)
 
     def _fail(self, key: BlockKey, error: CacheError) -> None:
         """Everybody who waits for this block is told."""
@@ -637,6 +652,7 @@ _HANDLERS: dict[type, Callable[[Residency, Any], None]] = {
     m.ExtentFound: Residency._extent_found,
     m.ExtentTableRead: Residency._extent_table_read,
     m.BlocksWanted: Residency._blocks_wanted,
+    m.WantSettled: Residency._want_settled,
     m.BlocksHinted: Residency._blocks_hinted,
     m.CheckAsked: Residency._check_asked,
     m.ExtentHeld: Residency._extent_held,

@@ -50,6 +50,14 @@ class BlocksWanted:
 
 
 @dataclass(frozen=True)
+class WantSettled:
+    """Who asked has been given the file, or no longer waits. Until then an answered request keeps its extent: else what was fetched
+    for one reader would be evicted for the next before it was read, and so on for ever."""
+
+    request_id: int
+
+
+@dataclass(frozen=True)
 class BlocksHinted:
     """A reader will probably want these blocks soon; nobody waits."""
 
@@ -167,6 +175,7 @@ Event = (
     | ExtentFound
     | ExtentTableRead
     | BlocksWanted
+    | WantSettled
     | BlocksHinted
     | CheckAsked
     | ExtentHeld

@@ -36,6 +36,8 @@ class Waiting:
     def __init__(self) -> None:
         self.wants: dict[int, Want] = {}
         self.checks: dict[int, Check] = {}
+        self.answered: dict[int, Want] = {}
+        """Wants whose answer is on its way; their extent stays until they are settled."""
         self._by_block: dict[BlockKey, list[int]] = {}
 
     def add(self, want: Want) -> None:
@@ -75,6 +77,9 @@ class Waiting:
             if not waiting:
                 del self._by_block[key]
         return want
+
+    def answered_of(self, client_id: str) -> list[int]:
+        return [request_id for request_id, want in self.answered.items() if want.event.client_id == client_id]
 
     def of_client(self, client_id: str) -> list[int]:
         return [request_id for request_id, want in self.wants.items() if want.event.client_id == client_id]

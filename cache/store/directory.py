@@ -22,7 +22,7 @@ from cache.blocks import ExtentId
 from cache.errors import CacheConfigError
 from cache.store.format import FORMAT_VERSION
 
-_EXTENT_NAME = re.compile(r"([0-9a-f]{32})\.(\d{1,9})\.(\d{1,19})")
+_EXTENT_NAME = re.compile(r"([0-9a-f]{32})\.(0|[1-9]\d{0,8})\.([1-9]\d{0,17})")
 
 
 @dataclass(frozen=True)
@@ -127,14 +127,26 @@ def _parse_serving(text: bytes) -> ServingDaemon:
         return ServingDaemon(0, "")
 
 
+def _write_marker(marker: Path) -> None:
+    temporary = marker.with_name(f"{marker.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(json.dumps({"format": FORMAT_VERSION}) + "\n")
+        temporary.replace(marker)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise CacheConfigError(
+            f"cannot write to {marker.parent}: {error.strerror}",
+            advice="free space on this disk, or choose another --dir",
+        ) from error
+
+
 def _check_format(path: Path) -> None:
     marker = path / "railhead-cache.json"
     try:
         version = json.loads(marker.read_text())["format"]
     except FileNotFoundError:
-        temporary = path / f"railhead-cache.json.{os.getpid()}.tmp"
-        temporary.write_text(json.dumps({"format": FORMAT_VERSION}) + "\n")
-        temporary.replace(marker)
+        _write_marker(marker)
         return
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise CacheConfigError(

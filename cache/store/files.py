@@ -113,8 +113,10 @@ def found_extents(directory: CacheDirectory) -> Iterator[tuple[ExtentId, int, Pa
         if not folder.is_dir(follow_symlinks=False):
             continue
         for file in os.scandir(folder.path):
-            parsed = parse_extent_name(file.name)
-            if parsed is not None:
+            parsed = parse_extent_name(file.name.removesuffix(".tmp"))
+            if parsed is None or parsed[0].content_id[:2] != folder.name or not file.is_file(follow_symlinks=False):
+                continue  # not made by us
+            if not file.name.endswith(".tmp"):
                 yield *parsed, Path(file.path)
-            elif file.name.endswith(".tmp") and parse_extent_name(file.name[: -len(".tmp")]) is not None:
+            else:
                 Path(file.path).unlink(missing_ok=True)

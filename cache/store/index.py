@@ -13,6 +13,8 @@ from pathlib import Path
 
 from cache.blocks import ExtentId, ObjectId
 
+_ROWS = "SELECT url, etag, size_bytes, extent_idx, generation, file_bytes FROM extents JOIN objects USING (content_id)"
+
 
 @dataclass(frozen=True)
 class IndexRow:
@@ -57,6 +59,7 @@ class Index:
                 ) WITHOUT ROWID;
                 """
             )
+            db.execute(_ROWS + " LIMIT 0")  # other columns under our names: not our index
             if db.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
                 raise sqlite3.DatabaseError("quick_check failed")
         except BaseException:
@@ -65,10 +68,9 @@ class Index:
         return db
 
     def rows(self) -> list[IndexRow]:
-        query = """SELECT url, etag, size_bytes, extent_idx, generation, file_bytes FROM extents JOIN objects USING (content_id)"""
         return [
             IndexRow(ObjectId(url, etag, size), idx, gen, nbytes)
-            for url, etag, size, idx, gen, nbytes in self._db.execute(query)
+            for url, etag, size, idx, gen, nbytes in self._db.execute(_ROWS)
         ]
 
     def add(self, rows: Iterable[IndexRow]) -> None:

@@ -108,6 +108,21 @@ class Histories(RuleBasedStateMachine):
         request_id = self.world.want(client, object_id, first, end)
         if request_id in self.world.answers:
             self.world.hold_answered(request_id)
+            self.world.settle(request_id)
+
+    @rule(client=clients, span=spans())
+    def want_and_read_later(self, client: str, span: tuple[ObjectId, int, int]) -> None:
+        """The answer lies in the daemon for a while before its session's turn comes."""
+        object_id, first, end = span
+        self.world.open(client, object_id)
+        self.world.want(client, object_id, first, end)
+
+    @precondition(lambda self: self.world.asked)
+    @rule(pick=picks)
+    def settle(self, pick: int) -> None:
+        """A session hands over, or gives up; of some request that was ever made, as a confused one might."""
+        asked = sorted(self.world.asked)
+        self.world.settle(asked[pick % len(asked)])
 
     @rule(span=spans())
     def hint(self, span: tuple[ObjectId, int, int]) -> None:
@@ -207,6 +222,8 @@ class Histories(RuleBasedStateMachine):
         world = self.world
         world.run_until_quiet()
         assert not world.open_requests, "a request was never answered"
+        for request_id in list(world.unsettled):
+            world.settle(request_id)
         for stream in list(world.streams):
             world.close_stream(stream)
         for client in CLIENTS:

@@ -1,6 +1,7 @@
 """The world around the residency machine, as a model: what its actions do to disk, words, workers and readers.
 
-Every promise of the machine is checked on the way. It performs actions as the control process does, but completes nothing by itself: a test (or hypothesis) says which creation, fetch or
+Every promise of the machine is checked on the way. It performs actions as the control process does, but completes nothing by itself:
+a test (or hypothesis) says which creation, fetch or
 check ends next, and how. It keeps its own account of everything that the machine keeps, computed in the plainest way.
 """
 
@@ -101,6 +102,8 @@ class World:
         self.used_generations: set[int] = set()
         self.num_fetches: Counter[tuple[str, int]] = Counter()
         self.asked: dict[int, m.BlocksWanted] = {}
+        self.unsettled: set[int] = set()
+        """Wants that were answered and whose file was not handed over yet: their extents must stay."""
         self.bases: dict[str, int] = {}
         """Where the words of each object begin; one that was forgotten in the last step included."""
         self._next_request = 1
@@ -118,6 +121,12 @@ class World:
         self.open_requests[request_id] = self.asked[request_id] = event
         self.step(event)
         return request_id
+
+    def settle(self, request_id: int) -> None:
+        """The session has handed the file over, or its reader no longer waits."""
+        self.open_requests.pop(request_id, None)
+        self.unsettled.discard(request_id)
+        self.step(m.WantSettled(request_id))
 
     def hint(self, object_id: ObjectId, first: int, end: int) -> None:
         self.step(m.BlocksHinted(object_id.content_id, first, end))
@@ -153,6 +162,7 @@ class World:
             self.close_stream(stream)
         for request_id in [rid for rid, event in self.open_requests.items() if event.client_id == client]:
             del self.open_requests[request_id]
+        self.unsettled = {rid for rid in self.unsettled if self.asked[rid].client_id != client}
         for key in list(self.holders):
             self._let_go(key, client, self.holders[key][client])
         self.clients.discard(client)
@@ -218,7 +228,7 @@ class World:
         return self.step(m.TimePassed())
 
     def run_until_quiet(self) -> None:
-        """Everything that is under way ends well, and what follows from it, until nothing is under way. Time goes on where that is needed."""
+        """Everything under way ends well, and what follows from it, until nothing is under way; time goes on where needed."""
         for _ in range(2000):
             if self.creations:
                 self.create_done(self.creations[0])
@@ -303,6 +313,9 @@ class World:
     def _remove(self, extent: ExtentId, generation: int) -> None:
         file = self.files[extent, generation]
         assert self.current.pop(extent) == generation
+        assert not any(self._extent_of_want(rid) == extent for rid in self.unsettled), (
+            "removed before it was handed over"
+        )
         assert not self.busy(extent), f"{extent} is removed while a worker has it in hand"
         # Learned and forgotten within one step (found on disk beyond the bound): it never had a word.
         base = self.bases.get(extent.content_id, max(self.words, default=0) + 1)
@@ -324,6 +337,7 @@ class World:
             return
         object_id = self.objects[event.content_id]
         assert answer.generation != 0
+        self.unsettled.add(request_id)
         for block in range(event.first, event.end):
             word = self.words[self.word_of_block(object_id, block)]
             assert word == answer.generation, f"answered, but block {block} of request {request_id} is not readable"
@@ -379,6 +393,10 @@ class World:
         if not self.machine.is_known(object_id.content_id):
             return set()
         return {b for b in range(num_blocks(object_id.size_bytes)) if self.words[self.word_of_block(object_id, b)]}
+
+    def _extent_of_want(self, request_id: int) -> ExtentId:
+        event = self.asked[request_id]
+        return ExtentId(event.content_id, extent_of(event.first))
 
     def _in_hand(self, content_id: str, block: int) -> bool:
         return any(a.object_id.content_id == content_id and a.block == block for a in [*self.fetches, *self.checks])
