@@ -28,12 +28,25 @@ SEND_BUFFER_BYTES = 1 << 20
 
 MAX_TRANSFER_S = 10.0
 SMALL_DATAGRAM = 64
-HEADERS = 28
-"""IPv4 and UDP headers, which count towards the MTU."""
+MAX_DATAGRAM = 60_000
+"""The loopback interface has an MTU that no datagram can fill."""
 
-IP_MTU_DISCOVER, IP_MTU = 10, 14
-IP_PMTUDISC_PROBE = 3
-"""Set DF and ignore what the kernel remembers of the path: linux/in.h."""
+PMTUDISC_PROBE = 3
+"""Forbid fragments and ignore what the kernel remembers of the path: linux/in.h, linux/in6.h."""
+
+
+@dataclass(frozen=True)
+class _MtuOptions:
+    """Numbers of the socket options, which Python does not name, and the bytes of IP and UDP headers."""
+
+    level: int
+    mtu_discover: int
+    mtu: int
+    headers: int
+
+
+_IPV4 = _MtuOptions(socket.IPPROTO_IP, 10, 14, 28)
+_IPV6 = _MtuOptions(socket.IPPROTO_IPV6, 23, 24, 48)
 
 # Offsets in struct tcp_info (linux/tcp.h), stable since Linux 4.9.
 _BYTES_ACKED, _BUSY_TIME, _TCP_INFO_END = 120, 168, 184
@@ -73,8 +86,9 @@ class LocalPeer:
     def __init__(self, address: str) -> None:
         self._address = address
         self._token = secrets.token_hex(16)
-        self._tcp = socket.create_server((address, 0), backlog=256)
-        self._udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self._family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        self._tcp = socket.create_server((address, 0), family=self._family, backlog=256)
+        self._udp = socket.socket(self._family, socket.SOCK_DGRAM)
         try:
             self._udp.bind((address, 0))
         except OSError:
@@ -153,13 +167,15 @@ class LocalPeer:
             return Connection(False, f"{error or type(error).__name__} after {time.time() - started:.1f} s")
 
     def _datagrams_one(self, target: Endpoint, timeout_s: float) -> DatagramOutcome:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+        options = _IPV6 if self._family == socket.AF_INET6 else _IPV4
+        with socket.socket(self._family, socket.SOCK_DGRAM) as sender:
             size = 0
             try:
                 sender.bind((self._address, 0))
                 sender.connect((target.address, target.udp_port))
-                sender.setsockopt(socket.IPPROTO_IP, IP_MTU_DISCOVER, IP_PMTUDISC_PROBE)
-                size = max(sender.getsockopt(socket.IPPROTO_IP, IP_MTU) - HEADERS, SMALL_DATAGRAM)
+                sender.setsockopt(options.level, options.mtu_discover, PMTUDISC_PROBE)
+                mtu = sender.getsockopt(options.level, options.mtu)
+                size = min(max(mtu - options.headers, SMALL_DATAGRAM), MAX_DATAGRAM)
                 return DatagramOutcome(
                     size,
                     self._is_answered(sender, target.token, SMALL_DATAGRAM, timeout_s),

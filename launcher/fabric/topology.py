@@ -84,7 +84,9 @@ def _shared_below(first: PciDevice, second: PciDevice) -> Near | None:
             break
         shared += 1
     if shared == 0:
-        return Near.PHB
+        # A host bridge belongs to one memory node: if the nodes differ, the tree is a poor copy with all on one bus.
+        is_contradicted = first.numa is not None and second.numa is not None and first.numa != second.numa
+        return None if is_contradicted else Near.PHB
     return Near.PIX if len(first.path) - shared <= 1 and len(second.path) - shared <= 1 else Near.PXB
 
 

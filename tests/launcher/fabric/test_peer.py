@@ -31,6 +31,12 @@ def test_peers_reach_each_other_both_ways(peers: tuple[LocalPeer, LocalPeer]) ->
     assert report.slow_nodes == ()
 
 
+def test_datagrams_pass_on_loopback(peers: tuple[LocalPeer, LocalPeer]) -> None:
+    (outcome,) = peers[0].datagrams([peers[1].endpoint()])
+    assert (outcome.is_small_ok, outcome.is_large_ok) == (True, True)
+    assert outcome.size > 1000
+
+
 def test_a_wrong_token_gets_no_answer(peers: tuple[LocalPeer, LocalPeer]) -> None:
     """The port is open to the network for some seconds; nobody else may make it swallow data."""
     stranger = replace(peers[1].endpoint(), token="0" * 32)
@@ -54,6 +60,19 @@ def test_a_closed_port_is_said_to_be_refused(peers: tuple[LocalPeer, LocalPeer])
     (outcome,) = peers[0].connect([endpoint])
     assert not outcome.is_ok
     assert "refused" in outcome.problem
+
+
+def test_ipv6_is_measured_as_well() -> None:
+    try:
+        peer = LocalPeer("::1")
+    except OSError as error:
+        pytest.skip(f"no IPv6 on this machine: {error}")
+    try:
+        assert peer.connect([peer.endpoint()])[0].is_ok
+        assert peer.datagrams([peer.endpoint()])[0].is_large_ok
+        assert peer.transfer(peer.endpoint(), 0.05) > 0
+    finally:
+        peer.close()
 
 
 def test_close_ends_every_thread() -> None:

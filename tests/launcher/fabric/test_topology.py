@@ -119,6 +119,13 @@ def test_without_the_tree_the_answer_bounds_the_truth(tree: Tree) -> None:
                 assert blind.is_bound
 
 
+def test_one_bus_for_two_sockets_is_not_believed() -> None:
+    """Poor copies of /sys put every device on the root bus; the NUMA nodes still tell them apart."""
+    one = PciDevice("0000:01:00.0", numa=0, root="pci0000:00", path=())
+    other = PciDevice("0000:02:00.0", numa=1, root="pci0000:00", path=())
+    assert distance(one, other).near == Near.SYS
+
+
 def test_unknown_numa_is_unknown_not_near() -> None:
     """The kernel writes -1 on small VMs; taking it for a node would make everything NODE."""
     one, other = PciDevice("0000:01:00.0"), PciDevice("0000:02:00.0", numa=0)
