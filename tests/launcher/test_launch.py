@@ -235,3 +235,18 @@ def test_a_cache_that_says_nothing_does_not_hold_up_the_end(tmp_path: Path) -> N
     with with_fake_cache(tmp_path, "silent", "True") as launched:
         code, _, err = launched.finish()
     assert code == 0, err
+
+
+def test_the_launcher_itself_imports_neither_torch_nor_ray(tmp_path: Path) -> None:
+    """Importing them is most of the time that other launchers take to start."""
+    (tmp_path / "train.py").write_text("pass")
+    (tmp_path / "drive.py").write_text(
+        "import sys\n"
+        "from launcher.cli import main\n"
+        "code = main(['train.py'])\n"
+        "heavy = {'torch', 'ray', 'numpy', 'cache'} & set(sys.modules)\n"
+        "sys.exit(code or f'imported: {heavy}' if heavy else code)\n"
+    )
+    with Launched(tmp_path, program=["drive.py"]) as launched:
+        code, _, err = launched.finish()
+    assert code == 0, err
