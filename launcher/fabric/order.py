@@ -103,3 +103,38 @@ def _reason(places: Sequence[Sequence[str | None]], ordered: Sequence[int], had_
     after = crossings(places, ordered, level)
     groups = len({tuple(place[: level + 1]) for place in places})
     return f"{groups} groups by labels side by side: {after} of {len(ordered)} ring edges cross groups ({before} as given){kept}"
+
+
+@dataclass(frozen=True)
+class Packing:
+    """What to give Ray as `topology_strategy`, with the reason; `label` None: no label helps, place by node alone."""
+
+    label: str | None
+    reason: str
+
+    def strategy(self) -> dict[str, str] | None:
+        """Ray's argument (Ray ≥ 2.60): every bundle on a node of its own, all within one group of the label."""
+        if self.label is None:
+            return None
+        return {"ray.io/node-id": "STRICT_SPREAD", self.label: "STRICT_PACK"}
+
+
+def packing(labels: Sequence[Mapping[str, str]], num_nodes: int) -> Packing:
+    """The narrowest label one of whose groups holds the whole gang.
+
+    `labels`: those of each node that has the resources; `num_nodes`: nodes of the gang. Ray packs by one label only and
+    waits for ever if no group is large enough, so a label is named only if it can be met now.
+    """
+    for name in reversed(RACK_LABELS):
+        sizes: dict[str, int] = {}
+        for node in labels:
+            if name in node:
+                sizes[node[name]] = sizes.get(node[name], 0) + 1
+        if not sizes or max(sizes.values()) < num_nodes:
+            continue
+        if len(sizes) == 1 and sum(sizes.values()) == len(labels):
+            # All nodes are in the one group: the label restricts nothing.
+            continue
+        largest = max(sizes, key=lambda value: sizes[value])
+        return Packing(name, f"{name}={largest} holds {sizes[largest]} nodes, the job needs {num_nodes}")
+    return Packing(None, f"no label has a group of {num_nodes} nodes that is narrower than all {len(labels)}")

@@ -6,9 +6,10 @@ import itertools
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ray.util.placement_group import _validate_topology_strategy
 
 from launcher.fabric.facts import Gpu, Kubernetes, NodeFacts
-from launcher.fabric.order import crossings, order_nodes, place_of
+from launcher.fabric.order import crossings, order_nodes, packing, place_of
 
 PLACES = st.integers(1, 3).flatmap(
     lambda depth: st.lists(st.tuples(*[st.sampled_from(["a", "b", "c", None])] * depth), min_size=1, max_size=6)
@@ -68,3 +69,38 @@ def test_racks_are_put_side_by_side_and_the_reason_counts() -> None:
 def test_nvlink_domain_is_the_narrowest_group() -> None:
     nodes = [NodeFacts(f"n{idx}", gpus=(Gpu(0, cluster_uuid=f"domain-{idx % 2}", clique_id=1),)) for idx in range(4)]
     assert order_nodes([place_of(node) for node in nodes]).positions == (0, 2, 1, 3)
+
+
+def _labels(racks: str) -> list[dict[str, str]]:
+    return [
+        {"topology.kubernetes.io/zone": "z" + rack.lower()[0], "topology.kubernetes.io/rack": rack} for rack in racks
+    ]
+
+
+def test_the_narrowest_group_that_holds_the_gang_is_packed() -> None:
+    """Four nodes fit in one rack; six need the zone; ten fit nowhere."""
+    labels = _labels("AAAABBBB")
+    assert packing(labels, 4).label == "topology.kubernetes.io/rack"
+    labels = [{"topology.kubernetes.io/zone": "z1", **label} for label in _labels("AABBCC")]
+    labels = [{**label, "topology.kubernetes.io/zone": "z1" if idx < 4 else "z2"} for idx, label in enumerate(labels)]
+    assert packing(labels, 4).label == "topology.kubernetes.io/zone"
+    assert packing(labels, 6).label is None
+    assert packing([{}] * 4, 2).strategy() is None
+
+
+def test_a_label_that_all_share_is_not_named() -> None:
+    """It restricts nothing, and a node without it could never be used."""
+    assert packing(_labels("AAAA"), 2).label is None
+
+
+@given(st.lists(st.sampled_from("ABC"), min_size=1, max_size=8), st.integers(1, 8))
+def test_ray_accepts_the_strategy_and_can_meet_it(racks: list[str], num_nodes: int) -> None:
+    """A label that no group can meet would leave the placement group pending for ever."""
+    found = packing(_labels("".join(racks)), num_nodes)
+    strategy = found.strategy()
+    if strategy is None:
+        return
+    _validate_topology_strategy(strategy)
+    assert found.label is not None
+    values = [label[found.label] for label in _labels("".join(racks))]
+    assert max(values.count(value) for value in values) >= num_nodes
