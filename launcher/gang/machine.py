@@ -107,7 +107,7 @@ class OpeningStore:
                 plan = AttemptPlan(self.history.attempt, _world(self.history), address)
                 return Running(self.history), (StartRanks(plan),)
             case NodeFailed() | NodeLost():
-                return _stop_failed(self.history, event, now)
+                return _stop_failed(self.history, event, now, num_others=0)
             case StopRequested(signum=signum):
                 return _stop_interrupted(self.history, signum, now)
             case Tick():
@@ -131,7 +131,9 @@ class Running:
                     return stopping, _stop_actions(stopping, 0.0)
                 return replace(self, succeeded=succeeded), ()
             case RankExited() | NodeFailed() | NodeLost():
-                return _stop_failed(self.history, event, now, len(self.succeeded))
+                num_running = _world(self.history).world_size - len(self.succeeded)
+                num_others = num_running - 1 if isinstance(event, RankExited) else num_running
+                return _stop_failed(self.history, event, now, num_others)
             case StopRequested(signum=signum):
                 return _stop_interrupted(self.history, signum, now)
             case RanksStarted() | Tick():
@@ -305,12 +307,12 @@ def _stop_actions(stopping: Stopping, grace_s: float) -> Sequence[Action]:
     return tuple(StopAttempt(attempt, node_id, grace_s) for node_id in stopping.waiting_for())
 
 
-def _stop_failed(history: History, failure: Failure, now: float, num_succeeded: int = 0) -> Move:
+def _stop_failed(history: History, failure: Failure, now: float, num_others: int) -> Move:
+    """`num_others`: ranks that run besides the one that failed."""
     grace_s = history.rules.grace_s
     lost = frozenset({failure.node_id}) if isinstance(failure, NodeLost) else frozenset()
     deadline_s = now + grace_s + STOP_MARGIN_S
     stopping = Stopping(history, StopCause.FAILURE, deadline_s, (failure,), lost=lost)
-    num_others = _world(history).world_size - num_succeeded - (1 if isinstance(failure, RankExited) else 0)
     grace = f"SIGTERM, SIGKILL after {grace_s:g} s" if grace_s else "SIGKILL"
     others = {0: "", 1: f"stopping the other rank ({grace})"}
     consequence = others.get(num_others, f"stopping the other {num_others} ranks ({grace})")

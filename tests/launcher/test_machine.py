@@ -413,6 +413,16 @@ def test_a_node_that_does_not_end_its_attempt_in_time_is_given_up() -> None:
     assert "1" in [failure.node_id for failure in scene.only(ReportCollateral).collateral]  # type: ignore[attr-defined]
 
 
+def test_a_store_that_cannot_be_opened_fails_the_attempt_before_any_rank_runs() -> None:
+    scene = Scene()
+    scene.feed(NodesReady((node("0"), node("1"))))
+    scene.feed(NodeFailed(0, "0", "port 80 is taken", 1.0))
+    report = scene.only(ReportFailure)
+    assert report.consequence == "", "there is no rank to be stopped"  # type: ignore[attr-defined]
+    scene.end_attempt()
+    assert scene.only(Finish).exit_code == EXIT_NODE_LOST  # type: ignore[attr-defined]
+
+
 def test_a_refused_placement_starts_nothing_and_has_its_own_exit_code() -> None:
     scene = Scene()
     assert scene.feed(PlacementRefused("4 GPUs asked, 2 there")) == [Finish(EXIT_REFUSED, "4 GPUs asked, 2 there")]
