@@ -83,7 +83,10 @@ def find_change(request: GangRequest, nodes: Sequence[NodeOffer], view: View) ->
     found = [change for change in single if change is not None]
     if found:
         return max(found, key=lambda change: change.request.min_nodes * change.request.procs_per_node)
-    return _fewer_nodes_fewer_ranks(request, nodes, view) or _without_a_resource(request, nodes, view)
+    change = _fewer_nodes_fewer_ranks(request, nodes, view)
+    if change is None and view is View.TOTAL:  # what others hold now is no reason to do without
+        change = _without_a_resource(request, nodes)
+    return change
 
 
 def fits(request: GangRequest, nodes: Sequence[NodeOffer], view: View) -> bool:
@@ -153,26 +156,24 @@ def _fewer_nodes_fewer_ranks(request: GangRequest, nodes: Sequence[NodeOffer], v
     return Change(changed, f"--nnodes {num_nodes} --nproc-per-node {num_procs}")
 
 
-def _without_a_resource(request: GangRequest, nodes: Sequence[NodeOffer], view: View) -> Change | None:
+def _without_a_resource(request: GangRequest, nodes: Sequence[NodeOffer]) -> Change | None:
     for name in request.bundle:
         changed = replace(
             request,
             per_proc={other: amount for other, amount in request.per_proc.items() if other != name},
             per_node={other: amount for other, amount in request.per_node.items() if other != name},
         )
-        if fits(changed, nodes, view):
+        if fits(changed, nodes, View.TOTAL):
             flag = {CPU: "--cpus-per-proc 0", GPU: "--gpus-per-proc 0"}.get(name, f"--resources {name}=0")
             return Change(changed, flag)
     return None
 
 
 def describe_shortfall(shortfall: Shortfall) -> str:
-    """`the nearest node gpu-3 has 4 GPU, 2 of them free, and 8 are asked`."""
+    """`the nearest node gpu-3 lacks GPU (asked 8, total 4, free 2)`."""
     if shortfall.resource == "nodes":
         there = f"{format_amount(shortfall.total)} node{plural(shortfall.total)}"
         return f"the cluster has {there}, {format_amount(shortfall.asked)} are asked"
     name, total = shortfall.resource, format_amount(shortfall.total)
-    return (
-        f"the nearest node {shortfall.host} lacks {name}: asked {format_amount(shortfall.asked)}, "
-        f"total {total}, free {format_amount(shortfall.free)}"
-    )
+    amounts = f"asked {format_amount(shortfall.asked)}, total {total}, free {format_amount(shortfall.free)}"
+    return f"the nearest node {shortfall.host} lacks {name} ({amounts})"

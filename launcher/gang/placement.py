@@ -121,8 +121,8 @@ def _waiting_for_others(request: GangRequest, nodes: Sequence[NodeOffer], num_to
     shortfall = find_shortfall(request, nodes, View.FREE)
     change = find_change(request, nodes, View.FREE)
     reason = (
-        f"{describe_request(request)}: {num_total} of {len(nodes)} nodes could hold it, {num_free} can now; "
-        f"{describe_shortfall(shortfall)}. Others hold the rest"
+        f"{describe_request(request)}; {num_total} of {len(nodes)} nodes could hold it, {num_free} can now: "
+        f"{describe_shortfall(shortfall)}, others hold the rest"
     )
     return Waiting(shortfall, change, for_growth=False, reason=reason, advice=_advice(change, "would fit now"))
 
@@ -134,7 +134,7 @@ def _waiting_for_growth(
     change = find_change(request, nodes, View.TOTAL)
     more = "more such nodes" if growth is None else f"{growth} more such node{plural(growth)}"
     reason = (
-        f"{describe_request(request)}: {num_total} of {len(nodes)} nodes could hold it, and the autoscaler may add {more}; "
+        f"{describe_request(request)}; {num_total} of {len(nodes)} nodes could hold it, and the autoscaler may add {more}: "
         f"{describe_shortfall(shortfall)}"
     )
     return Waiting(
@@ -150,7 +150,7 @@ def _refusal(
     bound = f"{num_possible} of {len(nodes)} nodes could hold it"
     if groups:
         bound = f"with all that the autoscaler may add {num_possible} node{plural(num_possible)} could hold it at most"
-    reason = f"{describe_request(request)}, but {bound}; {describe_shortfall(shortfall)}"
+    reason = f"{describe_request(request)}, but {bound}: {describe_shortfall(shortfall)}"
     fits_now = change is not None and isinstance(place(change.request, nodes), Placement)
     claim = "would fit now" if fits_now else "would fit once others let go"
     return Refusal(shortfall, change, reason, _advice(change, claim))

@@ -156,8 +156,8 @@ def test_a_refusal_names_resource_asked_total_free_nearest_node_and_a_change() -
     answer = place(GangRequest(4, 4, 8, {"GPU": 1, "CPU": 1}), nodes)
     assert isinstance(answer, Refusal)
     assert answer.reason == (
-        "4 nodes × 8 ranks ask for 8 GPU and 8 CPU on each node, but 3 of 4 nodes could hold it; "
-        "the nearest node small lacks GPU: asked 8, total 6, free 2"
+        "4 nodes × 8 ranks ask for 8 GPU and 8 CPU on each node, but 3 of 4 nodes could hold it: "
+        "the nearest node small lacks GPU (asked 8, total 6, free 2)"
     )
     assert answer.advice == "`--nproc-per-node 6` would fit once others let go"
 
@@ -175,7 +175,7 @@ def test_busy_nodes_mean_waiting_with_what_fits_now() -> None:
     answer = place(GangRequest(2, 2, 4, {"CPU": 1}), nodes)
     assert isinstance(answer, Waiting)
     assert "2 of 2 nodes could hold it, 1 can now" in answer.reason
-    assert "nearest node b lacks CPU: asked 4, total 8, free 2" in answer.reason
+    assert "nearest node b lacks CPU (asked 4, total 8, free 2)" in answer.reason
     assert answer.change is not None
 
 
@@ -193,6 +193,13 @@ def test_a_resource_that_no_node_has_is_named_with_what_to_leave_out() -> None:
     assert answer.shortfall.resource == "GPU"
     assert answer.change is not None
     assert answer.change.flags == "--gpus-per-proc 0"
+
+
+def test_nobody_is_advised_to_do_without_what_others_hold_for_now() -> None:
+    """`--cpus-per-proc 0` would fit, onto CPUs on which somebody trains."""
+    answer = place(GangRequest(1, 1, 1, {"CPU": 1}), [offer("a", {"CPU": 8}, {"CPU": 0})])
+    assert isinstance(answer, Waiting)
+    assert (answer.change, answer.advice) == (None, "")
 
 
 def test_an_empty_cluster_refuses_without_advice() -> None:

@@ -208,7 +208,7 @@ def test_a_refusal_is_immediate_and_names_what_would_fit(ray_cluster: RayUnderTe
     name = script(tmp_path, "print('never')")
     code, out, err = run(ray_cluster, tmp_path, "--nnodes=2", "--nproc-per-node=5", "--place-timeout=3600", name)
     assert (code, out) == (69, "")
-    assert "lacks CPU: asked 5, total 4, free 4" in err
+    assert "lacks CPU (asked 5, total 4, free 4)" in err
     assert "`--nproc-per-node 4` would fit now" in err
     code, _, err = run(ray_cluster, tmp_path, "--nnodes=2", "--resources=second=1", "--place-timeout=3600", name)
     assert code == 69
@@ -226,7 +226,7 @@ def test_who_waits_for_others_says_so_and_starts_when_they_end(ray_cluster: RayU
         pids_of(first, 2)
         with launched(ray_cluster, second, *waiter, script(second, "print('at last')")) as waiting:
             wait_until(
-                lambda: "lacks CPU: asked 3, total 4, free 0" in (second / "stderr.txt").read_text(),
+                lambda: "lacks CPU (asked 3, total 4, free 0)" in (second / "stderr.txt").read_text(),
                 "it does not say why it waits",
             )
             # A second one that waits is interrupted: it must take its demand back.

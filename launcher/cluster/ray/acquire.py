@@ -67,6 +67,7 @@ class Group:
         self._stop = stop
         self._deadline_s = deadline_s
         self._said: tuple[str, float] = ("", 0.0)
+        self._fits_since_s: float | None = None
         self._group: Any = None
 
     def create(self) -> list[Bundle]:
@@ -83,7 +84,7 @@ class Group:
                     self.remove()
                     num_nodes, asked_s = self._request.min_nodes, time.monotonic()
                     self._ask_ray(num_nodes)
-                self._wait_a_little(answer, time.monotonic() - asked_s)
+                self._wait_a_little(answer)
             return self.bundles()
         except BaseException:
             self.remove()
@@ -91,7 +92,6 @@ class Group:
 
     def complete(self) -> list[Bundle]:
         """After a loss: waits until enough nodes are there again; Ray places lost bundles on other nodes by itself."""
-        waited_s = time.monotonic()
         while len(there := self.bundles()) < self._request.min_nodes:
             held = {bundle.node.node_id for bundle in there}
             free = [offer for offer in survey.offers() if offer.node_id not in held]
@@ -99,7 +99,7 @@ class Group:
             answer = place(replace(self._request, min_nodes=missing, max_nodes=missing), free, survey.groups())
             if isinstance(answer, Refusal):
                 raise RequestRefused(f"nodes were lost and cannot be replaced: {answer.reason}", advice=answer.advice)
-            self._wait_a_little(answer, time.monotonic() - waited_s)
+            self._wait_a_little(answer)
         return there
 
     def renew(self, deadline_s: float) -> None:
@@ -156,21 +156,24 @@ class Group:
     def _ask_every_second(self, answer: Placement | Waiting) -> Placement | Waiting:
         return self._ask() if time.monotonic() - self._asked_s >= SURVEY_EVERY_S else answer
 
-    def _wait_a_little(self, answer: Placement | Waiting | Refusal, waited_s: float) -> None:
+    def _wait_a_little(self, answer: Placement | Waiting) -> None:
         """Raises at the deadline; says why we wait when that changes, and now and then."""
+        now = time.monotonic()
         if isinstance(answer, Placement):
             reason = f"{answer.reason}, and Ray has not placed it yet"
+            self._fits_since_s = self._fits_since_s or now
         else:
             reason = f"{answer.reason}. {answer.advice}".rstrip(". ")
-        left_s = self._deadline_s - time.monotonic()
+            self._fits_since_s = None
+        left_s = self._deadline_s - now
         if left_s <= 0:
             raise RequestRefused(
                 f"the nodes did not come free in time: {reason}", advice="--place-timeout SECONDS waits longer"
             )
         text, said_s = self._said
-        is_worth_saying = isinstance(answer, Waiting) or waited_s > RACE_S
-        if is_worth_saying and (reason != text or time.monotonic() - said_s > SAY_AGAIN_S):
-            self._said = (reason, time.monotonic())
+        is_worth_saying = self._fits_since_s is None or now - self._fits_since_s > RACE_S
+        if is_worth_saying and (reason != text or now - said_s > SAY_AGAIN_S):
+            self._said = (reason, now)
             self._sink.put(PlacementWaiting(reason, left_s))
         if self._stop.wait(POLL_S):
             raise Abandoned
