@@ -37,8 +37,10 @@ def address(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[st
     with listener:
         process = subprocess.Popen(argv, pass_fds=[listener.fileno()], env=env)
     yield address.host, address.port
+    loaded_whole_torch = Path(f"/proc/{process.pid}/cmdline").read_text().endswith("whole\0")
     process.kill()
     process.wait()
+    assert loaded_whole_torch == (request.param != "extension only"), "another way was taken than the one to be tested"
 
 
 def test_torchs_client_finds_the_store_that_listened_before_it_was_hosted(address: tuple[str, int]) -> None:
