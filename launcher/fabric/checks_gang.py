@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 
-from launcher.fabric.facts import ERROR_COUNTERS, NodeFacts
+from launcher.fabric.facts import ERROR_COUNTERS, Hca, NodeFacts
 from launcher.fabric.findings import Finding, GangCheck, Severity, View
 from launcher.fabric.interfaces import subnet_of
 from launcher.fabric.nccl import gid_index, is_ipv4_gid, is_routable_gid
@@ -42,14 +42,12 @@ def mtu(views: Sequence[View]) -> list[Finding]:
         netdev = view.facts.netdev_by_name.get(view.env.interface.name or "")
         if netdev is not None and netdev.mtu is not None:
             values["socket"][view.facts.hostname] = netdev.mtu
-        if view.env.hcas.transport != "roce":
-            continue
-        for rail, name in enumerate(view.env.hcas.hcas):
-            hca = next(hca for hca in view.facts.hcas if hca.name == name)
+    for view, rails in _rails(views):
+        for rail, hca in rails.items():
             for member in hca.netdevs:
                 rail_dev = view.facts.netdev_by_name.get(member)
                 if rail_dev is not None and rail_dev.mtu is not None:
-                    values[f"rail {rail}"][view.facts.hostname] = rail_dev.mtu
+                    values[rail][view.facts.hostname] = rail_dev.mtu
     return [
         finding
         for where, by_host in values.items()
@@ -112,20 +110,21 @@ def hca_rate(views: Sequence[View]) -> list[Finding]:
 
 def gid_subnets(views: Sequence[View]) -> list[Finding]:
     """Rails whose subnet on one host differs from the subnet on the others, by the interface's prefix length."""
-    rails: dict[int, dict[str, str]] = defaultdict(dict)
+    subnets: dict[str, dict[str, str]] = defaultdict(dict)
     indices: dict[str, str] = {}
+    for view, rails in _rails(views):
+        for rail, hca in rails.items():
+            subnet = _rail_subnet(view.facts, hca)
+            if subnet is not None:
+                subnets[rail][view.facts.hostname] = subnet
     for view in views:
         if view.env.hcas.transport != "roce":
             continue
-        for rail, name in enumerate(view.env.hcas.hcas):
-            subnet = _rail_subnet(view.facts, name)
-            if subnet is not None:
-                rails[rail][view.facts.hostname] = subnet
         chosen = [port for hca in view.facts.hcas if hca.name in view.env.hcas.hcas for port in hca.ports if port.gids]
         if chosen:
             indices[view.facts.hostname] = ",".join(sorted({str(gid_index(port)) for port in chosen}))
     found = []
-    for rail, by_host in rails.items():
+    for rail, by_host in subnets.items():
         # Every host a subnet of its own is a routed design, not a mistake.
         if len(set(by_host.values())) == len(by_host):
             continue
@@ -133,7 +132,7 @@ def gid_subnets(views: Sequence[View]) -> list[Finding]:
             by_host,
             "gid-subnets",
             Severity.WARNING,
-            f"subnet of rail {rail}: ",
+            f"subnet of {rail}: ",
             "the odd host's port is cabled to another rail, or has an address of another network: connections time out",
             "compare cabling and addresses of this rail; set NCCL_IB_ADDR_RANGE if a port has several addresses",
         )
@@ -149,8 +148,26 @@ def gid_subnets(views: Sequence[View]) -> list[Finding]:
     return found
 
 
-def _rail_subnet(facts: NodeFacts, name: str) -> str | None:
-    hca = next(hca for hca in facts.hcas if hca.name == name)
+def _rails(views: Sequence[View]) -> list[tuple[View, dict[str, Hca]]]:
+    """For each RoCE node its rails, under names that mean the same on all nodes.
+
+    By device name where the nodes use the same names, so that a node that lost one card is not compared one off; else by
+    position, if all have equally many (virtual functions are numbered differently on each host); else not at all.
+    """
+    roce = [view for view in views if view.env.hcas.transport == "roce"]
+    names = [view.env.hcas.hcas for view in roce]
+    largest: set[str] = max((set(own) for own in names), key=len, default=set())
+    by_name = all(set(own) <= largest for own in names)
+    if not by_name and len({len(own) for own in names}) > 1:
+        return []
+    found = []
+    for view, own in zip(roce, names, strict=True):
+        hcas = {hca.name: hca for hca in view.facts.hcas}
+        found.append((view, {name if by_name else f"rail {idx}": hcas[name] for idx, name in enumerate(own)}))
+    return found
+
+
+def _rail_subnet(facts: NodeFacts, hca: Hca) -> str | None:
     for member in hca.netdevs:
         netdev = facts.netdev_by_name.get(member)
         if netdev is not None:

@@ -207,50 +207,49 @@ def gids(view: View) -> list[Finding]:
     """RoCE ports whose table holds nothing that NCCL can use, or where the user's index is wrong."""
     if view.env.hcas.transport != "roce" or not view.is_multi_node:
         return []
-    found = []
-    user_index = view.user_env.get("NCCL_IB_GID_INDEX")
     v6 = view.env.decision("NCCL_IB_ADDR_FAMILY")
     family = (v6.effective if v6 else view.user_env.get("NCCL_IB_ADDR_FAMILY")) or "AF_INET"
-    for name, port in _chosen(view):
-        if port.unreadable_gids:
-            slots = ", ".join(str(slot) for slot in port.unreadable_gids[:4])
-            found.append(
-                view.finding(
-                    "gid-garbage",
-                    Severity.WARNING,
-                    f"{name}: GID slots {slots} hold no address",
-                    "the table was read while it changed, or the driver is broken; NCCL may choose a wrong entry",
-                    f"look at /sys/class/infiniband/{name}/ports/{port.port}/gids; reload the driver",
-                )
-            )
-        if not port.gids:
-            continue
-        if user_index is not None and user_index.strip().isdigit():
-            problem = nccl.gid_problem(port, int(user_index))
-            if problem is not None:
-                right = nccl.gid_index(port, family=family)
-                found.append(
-                    view.finding(
-                        "gid-user-wrong",
-                        Severity.ERROR,
-                        f"NCCL_IB_GID_INDEX={user_index} on {name}: {problem}; NCCL's own search gives {right}",
-                        "connections fail with ibv_modify_qp errors or time out (WC error 12)",
-                        "unset NCCL_IB_GID_INDEX: NCCL ≥ 2.21 finds the entry on each host itself",
-                    )
-                )
-            continue
-        problem = nccl.gid_problem(port, nccl.gid_index(port, family=family))
+    user_index = view.user_env.get("NCCL_IB_GID_INDEX", "").strip()
+    ports = [(name, port) for name, port in _chosen(view) if port.gids]
+    found = [_gid_garbage(view, name, port) for name, port in _chosen(view) if port.unreadable_gids]
+    problems: dict[str, list[str]] = {}
+    for name, port in ports:
+        search = nccl.gid_index(port, family=family)
+        index = int(user_index) if user_index.isascii() and user_index.isdigit() else search
+        problem = nccl.gid_problem(port, index)
         if problem is not None:
-            found.append(
-                view.finding(
-                    "gid-none",
-                    Severity.ERROR,
-                    f"{name} has no routable RoCE v2 entry ({problem}; {len(port.gids)} entries)",
-                    "RoCE connections cannot be made over this port (ibv_modify_qp fails or times out)",
-                    "give its network interface an address (in a pod: attach the RDMA network's interface as well)",
-                )
+            also = f"; NCCL's own search gives {search}" if user_index else f"; {len(port.gids)} entries"
+            problems.setdefault(f"{problem}{also}", []).append(name)
+    for problem, names in problems.items():
+        if user_index:
+            finding = view.finding(
+                "gid-user-wrong",
+                Severity.ERROR,
+                f"NCCL_IB_GID_INDEX={user_index} on {', '.join(names)}: {problem}",
+                "connections fail with ibv_modify_qp errors or time out (WC error 12)",
+                "unset NCCL_IB_GID_INDEX: NCCL ≥ 2.21 finds the entry on each host itself",
             )
+        else:
+            finding = view.finding(
+                "gid-none",
+                Severity.ERROR,
+                f"no routable RoCE v2 entry on {', '.join(names)} ({problem})",
+                "RoCE connections cannot be made over these ports (ibv_modify_qp fails or times out)",
+                "give their network interfaces an address (in a pod: attach the RDMA network's interfaces as well)",
+            )
+        found.append(finding)
     return found
+
+
+def _gid_garbage(view: View, name: str, port: HcaPort) -> Finding:
+    slots = ", ".join(str(slot) for slot in port.unreadable_gids[:4])
+    return view.finding(
+        "gid-garbage",
+        Severity.WARNING,
+        f"{name}: GID slots {slots} hold no address",
+        "the table was read while it changed, or the driver is broken; NCCL may choose a wrong entry",
+        f"look at /sys/class/infiniband/{name}/ports/{port.port}/gids; reload the driver",
+    )
 
 
 def roce_mtu(view: View) -> list[Finding]:

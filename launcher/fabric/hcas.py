@@ -200,8 +200,8 @@ def _by_place_and_rate(
     for item in candidates:
         if not item.local_gpus:
             rate = "" if item.rate is None else f", {item.rate:g} Gb/s"
-            place = "its place is unknown" if item.nearest is None else f"{item.nearest.name} to the nearest GPU"
-            excluded[item.label] = f"{place}{rate}, while others share a PCIe switch with a GPU: not a compute port"
+            place = "its place is unknown" if item.nearest is None else f"{item.nearest.name} at best"
+            excluded[item.label] = f"no GPU beside it ({place}{rate}) while other ports have one: not a compute port"
     aside = None
     if is_slow:
         aside = f"ports away from the GPUs are faster ({fastest:g} Gb/s against {best_local:g}) and were left out"

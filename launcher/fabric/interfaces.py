@@ -27,9 +27,7 @@ def choose_interface(facts: NodeFacts) -> Interface:
     if facts.node_ip is not None and not _is_loopback(facts.node_ip):
         owner = owner_of(facts, facts.node_ip)
         if owner is not None:
-            return Interface(
-                owner.name, f"owns {facts.node_ip}, the address by which the gang reaches this node", facts.node_ip
-            )
+            return Interface(owner.name, "owns the address by which the gang reaches this node", facts.node_ip)
         return Interface(
             None, f"no interface here owns {facts.node_ip}, the address by which the gang reaches this node"
         )

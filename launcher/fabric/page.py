@@ -55,7 +55,8 @@ def finding_lines(findings: Sequence[Finding]) -> list[str]:
         return ["none"]
     lines: list[str] = []
     for finding in findings:
-        lines.append(f"{finding.severity.name:<8} {finding.id}  on {_some(finding.nodes)}")
+        where = f"  on {_some(finding.nodes)}" if finding.nodes else ""
+        lines.append(f"{finding.severity.name:<8} {finding.id}{where}")
         for label, text in (("seen", finding.evidence), ("means", finding.meaning), ("do", finding.cure)):
             lines += _wrapped(text, f"         {label:<6} ", " " * 16)
     return lines

@@ -330,6 +330,24 @@ def test_a_node_that_differs_is_named(recorded: Recorded, id: str, machine: str,
     assert {node for finding in found for node in finding.nodes} == named
 
 
+def test_a_missing_card_does_not_shift_the_rails_after_it(recorded: Recorded) -> None:
+    """Compared by position, every rail after the lost one would seem to be in a wrong subnet."""
+    nodes = _rails(_nodes(recorded(BOND)))
+    nodes[2] = replace(nodes[2], hcas=tuple(hca for hca in nodes[2].hcas if hca.name != "mlx5_bond_1"))
+    found = {finding.id for finding in _look(nodes)}
+    assert "hca-missing" in found
+    assert not found & {"gid-subnets", "mtu-mismatch"}
+
+
+def test_nodes_with_other_device_names_are_compared_by_position(recorded: Recorded) -> None:
+    """Virtual functions are numbered differently on each host."""
+    nodes = _rails(_nodes(recorded(BOND)))
+    nodes[1] = replace(nodes[1], hcas=tuple(replace(hca, name=hca.name.replace("bond", "vf")) for hca in nodes[1].hcas))
+    assert "mtu-mismatch" not in {finding.id for finding in _look(nodes)}
+    nodes[1] = _netdev("bond2", mtu=1500)(nodes[1])
+    assert "mtu-mismatch" in {finding.id for finding in _look(nodes)}
+
+
 def test_of_two_nodes_that_differ_both_are_named(recorded: Recorded) -> None:
     """There is no majority to be right."""
     nodes = _nodes(recorded(DGX), 2)
