@@ -36,6 +36,7 @@ class Peer(Protocol):
     def datagrams(self, targets: Sequence[Endpoint], timeout_s: float = ...) -> list[DatagramOutcome]: ...
     def transfer(self, target: Endpoint, seconds: float) -> float: ...
     def compute(self) -> dict[str, float]: ...
+    def lookup(self, names: Sequence[tuple[str, str]]) -> list[str]: ...
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,17 @@ class Report:
 
 
 def conduct(
-    peers: Sequence[Peer], hosts: Sequence[str], *, transfer_s: float = TRANSFER_S, with_compute: bool = False
+    peers: Sequence[Peer],
+    hosts: Sequence[str],
+    *,
+    transfer_s: float = TRANSFER_S,
+    with_compute: bool = False,
+    with_names: bool = False,
 ) -> Report:
     """Measures every node of the gang against the others. Blocks for some seconds; nothing is left running.
 
     `with_compute` also compares how fast the nodes' processors are; leave it out where nodes share a machine.
+    `with_names` also looks the nodes' names up from everywhere; leave it out where `hosts` are no names in DNS.
     """
     with ThreadPoolExecutor(max_workers=max(1, len(peers)), thread_name_prefix="preflight") as pool:
         gang = _Gang(peers, _all(pool, [peer.endpoint for peer in peers]), pool)
@@ -74,6 +81,7 @@ def conduct(
             *preflight.datagram_findings(datagrams, hosts),
             *preflight.slow_findings(slow, hosts),
             *preflight.broken_findings(rounds, dead, transfers, hosts),
+            *(gang.lookup_findings(hosts) if with_names else ()),
             *(gang.compute_findings(hosts) if with_compute else ()),
         ]
     return Report(tuple(found), tuple(sorted(slow.nodes)), tuple(sorted(lost)), (*transfers, *again))
@@ -144,6 +152,23 @@ class _Gang:
                 ]
         return found
 
+    def lookup_findings(self, hosts: Sequence[str]) -> list[Finding]:
+        """Everyone looks everyone else up."""
+        names = [(host, endpoint.address) for host, endpoint in zip(hosts, self.endpoints, strict=True)]
+        answers = _all(
+            self.pool,
+            [
+                _lookup(peer, [names[target] for target in self.others(source)])
+                for source, peer in enumerate(self.peers)
+            ],
+        )
+        problems = {
+            (source, target): problem
+            for source, answer in enumerate(answers)
+            for target, problem in zip(self.others(source), answer, strict=True)
+        }
+        return preflight.lookup_findings(problems, hosts)
+
     def compute_findings(self, hosts: Sequence[str]) -> list[Finding]:
         answers = _all(self.pool, [peer.compute for peer in self.peers])
         kinds = dict.fromkeys(kind for answer in answers for kind in answer)
@@ -162,6 +187,10 @@ def _connect(peer: Peer, targets: list[Endpoint]) -> Callable[[], list[Connectio
 
 def _datagrams(peer: Peer, targets: list[Endpoint]) -> Callable[[], list[DatagramOutcome]]:
     return lambda: peer.datagrams(targets, DATAGRAM_S)
+
+
+def _lookup(peer: Peer, names: list[tuple[str, str]]) -> Callable[[], list[str]]:
+    return lambda: peer.lookup(names)
 
 
 def _transfer(peer: Peer, target: Endpoint, seconds: float) -> Callable[[], float]:
@@ -194,6 +223,9 @@ class ProcessPeer:
     def transfer(self, target: Endpoint, seconds: float) -> float:
         return float(self._ask("transfer", [target], seconds=seconds))
 
+    def lookup(self, names: Sequence[tuple[str, str]]) -> list[str]:
+        return [str(problem) for problem in self._ask("lookup", [], names=[list(pair) for pair in names])]
+
     def compute(self) -> dict[str, float]:
         return {str(kind): float(seconds) for kind, seconds in self._ask("compute", []).items()}
 
@@ -210,7 +242,7 @@ class ProcessPeer:
         self._process.stdout.close()
         return code
 
-    def _ask(self, call: str, targets: Sequence[Endpoint], **arguments: float) -> Any:
+    def _ask(self, call: str, targets: Sequence[Endpoint], **arguments: Any) -> Any:
         assert self._process.stdin is not None
         request = {"call": call, "targets": [asdict(target) for target in targets], **arguments}
         self._process.stdin.write(json.dumps(request) + "\n")

@@ -23,6 +23,9 @@ from launcher.fabric.compute import cpu_seconds
 TIMEOUT_S = 2.0
 """For a connection within a data centre, twenty times what a lost SYN costs on a healthy path."""
 
+LOOKUP_S = 3.0
+"""A name server that needs longer makes every start slow; gloo and the store look names up."""
+
 SEND_BUFFER_BYTES = 1 << 20
 """Enough for 100 Gb/s over 80 µs, the round trip of a large fabric."""
 
@@ -138,6 +141,10 @@ class LocalPeer:
         """Seconds for a matrix product and a memory copy on this node's processor."""
         return cpu_seconds()
 
+    def lookup(self, names: Sequence[tuple[str, str]], timeout_s: float = LOOKUP_S) -> list[str]:
+        """For each (host name, address): what is wrong with looking it up from here, both ways; "" if nothing is."""
+        return _at_once([(_lookup_one, (name, address, timeout_s)) for name, address in names])
+
     def close(self) -> None:
         """Ends the listener; returns when its threads have ended."""
         self._is_closing.set()
@@ -238,6 +245,29 @@ class LocalPeer:
                 return
 
 
+def _lookup_one(name: str, address: str, timeout_s: float) -> str:
+    """The resolver cannot be interrupted, so a thread asks and is left behind when it takes too long."""
+    answer: list[str] = []
+    asking = threading.Thread(target=lambda: answer.append(_ask_resolver(name, address)), daemon=True)
+    asking.start()
+    asking.join(timeout_s)
+    return answer[0] if answer else f"the resolver gave no answer about {name} within {timeout_s:g} s"
+
+
+def _ask_resolver(name: str, address: str) -> str:
+    try:
+        found = sorted({str(item[4][0]) for item in socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)})
+    except OSError as error:
+        return f"{name} does not resolve ({error})"
+    if address not in found:
+        return f"{name} resolves to {', '.join(found)}, the gang uses {address}"
+    try:
+        socket.gethostbyaddr(address)
+    except OSError as error:
+        return f"{address} has no name ({error})"
+    return ""
+
+
 def _swallow(connection: socket.socket) -> float:
     """Reads to the end; bytes per second between the first and the last arrival."""
     buffer = bytearray(1 << 18)
@@ -330,6 +360,8 @@ def _serve_call(peer: LocalPeer, request: dict[str, Any]) -> Any:
         return [asdict(item) for item in peer.datagrams(targets, request["timeout_s"])]
     if request["call"] == "transfer":
         return peer.transfer(targets[0], request["seconds"])
+    if request["call"] == "lookup":
+        return peer.lookup([(name, address) for name, address in request["names"]])
     if request["call"] == "compute":
         return peer.compute()
     raise ValueError(f"unknown call {request['call']!r}")

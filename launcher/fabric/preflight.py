@@ -345,6 +345,25 @@ def broken_findings(
     ]
 
 
+def lookup_findings(problems: Mapping[tuple[int, int], str], hosts: Sequence[str]) -> list[Finding]:
+    """Names that cannot be looked up as they should, from (asking node, node asked for) → problem; one for each problem."""
+    askers: dict[str, list[int]] = {}
+    for (source, _), problem in sorted(problems.items()):
+        if problem:
+            askers.setdefault(problem, []).append(source)
+    return [
+        Finding(
+            "name-lookup",
+            Severity.WARNING,
+            tuple(hosts[source] for source in sources),
+            problem,
+            "rendezvous and logs that use names are slow, or go to another address than the one that works",
+            "correct DNS or /etc/hosts, or use addresses (a headless service, on Kubernetes)",
+        )
+        for problem, sources in askers.items()
+    ]
+
+
 def compute_findings(seconds: Mapping[int, float], hosts: Sequence[str], what: str) -> list[Finding]:
     """Nodes that took much longer than the median for the same work (`what`: "matmul", "memory copy")."""
     speeds = {node: 1.0 / value for node, value in seconds.items() if value > 0}

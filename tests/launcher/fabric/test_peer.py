@@ -62,6 +62,24 @@ def test_a_closed_port_is_said_to_be_refused(peers: tuple[LocalPeer, LocalPeer])
     assert "refused" in outcome.problem
 
 
+def test_names_are_looked_up_both_ways(peers: tuple[LocalPeer, LocalPeer]) -> None:
+    """A name that leads to another address than the one that works sends the rendezvous astray."""
+    right, astray, unknown = peers[0].lookup(
+        [("localhost", "127.0.0.1"), ("localhost", "127.0.0.2"), ("no-such-host.invalid", "127.0.0.2")]
+    )
+    assert right == ""
+    assert "resolves to" in astray
+    assert "127.0.0.2" in astray
+    assert "no-such-host.invalid" in unknown
+
+
+def test_a_name_that_fails_everywhere_is_one_finding(peers: tuple[LocalPeer, LocalPeer]) -> None:
+    report = conduct(peers, ["localhost", "no-such-host.invalid"], transfer_s=0.05, with_names=True)
+    found = [finding for finding in report.findings if finding.id == "name-lookup"]
+    assert any("no-such-host.invalid" in finding.evidence for finding in found)
+    assert len(found) == len({finding.evidence for finding in found})
+
+
 def test_ipv6_is_measured_as_well() -> None:
     try:
         peer = LocalPeer("::1")
