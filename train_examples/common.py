@@ -144,7 +144,7 @@ class Account:
         self.world, self.cache = world, cache
         self.start_status = cache.daemon_status()
         world.gather(None)  # nobody reads before every rank has its starting point
-        self.train_s = 0.0
+        self.train_s = self.read_s = 0.0
         self.num_steps = self.num_samples = 0
 
     def say_how_warm(self, dataset: ShardDataset) -> None:
@@ -158,11 +158,18 @@ class Account:
             kind = "warm" if share >= 1 else "cold" if share == 0 else "partly warm"
             self.world.say(f"cache: {kind}, {100 * share:.0f} % resident before the first step")
 
-    def step_done(self, started_s: float, num_samples: int) -> None:
-        """One step that began, with waiting for its batch, at `started_s` (time.perf_counter) is over."""
-        self.train_s += time.perf_counter() - started_s
+    def step_begins(self) -> None:
+        """A step begins with waiting for its batch. Call it before the first step and after whatever is no step (evaluation)."""
+        self._began_s = time.perf_counter()
+        self._read_before_s = self.cache.stats().wait_s
+
+    def step_done(self, num_samples: int) -> None:
+        """The step is over, and the next begins."""
+        self.train_s += time.perf_counter() - self._began_s
+        self.read_s += self.cache.stats().wait_s - self._read_before_s
         self.num_steps += 1
         self.num_samples += num_samples
+        self.step_begins()
 
     def report(self, loader: ElasticLoader) -> None:
         """Prints the account of all ranks and nodes."""
@@ -171,7 +178,7 @@ class Account:
         world.sum(0)  # every rank has done so
         hits, reads, origin_bytes = self._reads(end_status)
         hits, reads, origin_bytes = world.sum(hits, reads, origin_bytes)
-        wait_s, read_s, train_s = world.sum(loader.wait_s, self.cache.stats().wait_s, self.train_s)
+        wait_s, read_s, train_s = world.sum(loader.wait_s, self.read_s, self.train_s)
         if not self.num_steps:
             world.say("account: no step was left to do")
             return

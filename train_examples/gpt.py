@@ -195,7 +195,7 @@ def main() -> None:
 
     done = loader.epoch * len(loader) + loader.step
     last_step = min(args.steps, done + (args.max_steps or args.steps))
-    started_s = time.perf_counter()
+    account.step_begins()
     while done < last_step:
         for inputs, targets, samples in loader:
             epoch, step = loader.epoch, loader.step - 1
@@ -209,8 +209,7 @@ def main() -> None:
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             done += 1
-            account.step_done(started_s, len(inputs))
-            started_s = time.perf_counter()
+            account.step_done(len(inputs))
             if (done - 1) % args.log_every == 0 or done == args.steps:
                 (total_loss,) = world.sum(loss.item())
                 world.say(f"step {done - 1:>5}/{args.steps}  loss {total_loss / world.world_size:.4f}")

@@ -236,7 +236,7 @@ def main() -> None:
 
     total_steps = args.epochs * len(loader)
     last_step = min(total_steps, loader.epoch * len(loader) + loader.step + (args.max_steps or total_steps))
-    started_s = time.perf_counter()
+    account.step_begins()
     while loader.epoch < args.epochs and loader.epoch * len(loader) + loader.step < last_step:
         for images, labels, samples in loader:
             epoch, step = loader.epoch, loader.step - 1
@@ -249,8 +249,7 @@ def main() -> None:
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
-            account.step_done(started_s, len(images))
-            started_s = time.perf_counter()
+            account.step_done(len(images))
             if done % args.log_every == 0 or done == total_steps - 1:
                 (total_loss,) = world.sum(loss.item())
                 world.say(f"epoch {epoch} step {step:>4}/{len(loader)}  loss {total_loss / world.world_size:.4f}")
@@ -260,7 +259,7 @@ def main() -> None:
                 break
         else:
             world.say(f"epoch {loader.epoch - 1} done  test accuracy {100 * accuracy(model, test, world, bf16):.2f} %")
-            started_s = time.perf_counter()
+            account.step_begins()
 
     if last_step == total_steps:
         world.say(f"final test accuracy {100 * accuracy(model, test, world, bf16):.2f} %")
