@@ -11,6 +11,7 @@ import pytest
 
 from launcher.cluster.ray.agent_actor import AgentActor, user_environment
 from launcher.cluster.ray.connection import connect_to_ray
+from launcher.cluster.ray.outbox import Outbox
 from launcher.cluster.ray.survey import ClusterNode, order_of_nodes
 from launcher.errors import ClusterUnavailable
 
@@ -70,11 +71,47 @@ def test_ranks_do_not_inherit_what_ray_sets_for_its_own_workers() -> None:
     assert user_environment(now, {"HOME": "/root"}) == {"CUDA_VISIBLE_DEVICES": "2,3", "HOME": "/root"}
 
 
+def test_what_an_answer_lost_with_the_connection_held_is_told_again() -> None:
+    """A lost RankExited would be a job that waits for ever."""
+    box: Outbox[str] = Outbox()
+    box.put("a")
+    box.put("b")
+    assert box.take(0, 0.0) == ["a", "b"]
+    assert box.take(0, 0.0) == ["a", "b"]
+    box.put("c")
+    assert box.take(2, 0.0) == ["c"]
+    assert box.take(2, 0.0) == ["c"]
+    assert box.take(3, 0.0) == []
+
+
+def test_a_full_box_holds_up_the_writer_until_its_bytes_have_arrived() -> None:
+    """The rank's file is not read on while the terminal is slow; nothing is dropped."""
+    box: Outbox[str] = Outbox(max_bytes=10)
+    box.put("a", 10)
+    writer = threading.Thread(target=lambda: box.put("b", 10))
+    writer.start()
+    assert box.take(0, 0.0) == ["a"]
+    assert writer.is_alive()
+    while "b" not in box.take(1, 5.0):
+        pass
+    writer.join(5)
+    assert not writer.is_alive()
+
+
+def test_a_closed_box_holds_nobody_up() -> None:
+    box: Outbox[str] = Outbox(max_bytes=1)
+    box.put("a", 1)
+    box.close()
+    box.put("b", 1)
+    assert box.take(0, 3600) == ["a", "b"]
+    assert box.take(2, 3600) == []
+
+
 def test_an_agent_that_has_not_begun_can_be_told_anything() -> None:
     """Commands may cross with a start that failed; they must not raise in the actor."""
     actor = AgentActor()
     actor.open_store(0)
     actor.stop_attempt(0, 1.0)
     actor.close()
-    assert actor.poll_events(0.0) == []
-    assert actor.poll_outputs(0.0) == []
+    assert actor.poll_events(0, 0.0) == []
+    assert actor.poll_outputs(0, 0.0) == []

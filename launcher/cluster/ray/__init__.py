@@ -1,7 +1,8 @@
 """Nodes of a Ray cluster. Only this package imports ray, and only when an address is given.
 
 `connection` (reach the cluster or say why not), `survey` (what the nodes have), `acquire` (placement group, one agent on each bundle),
-`agent_actor` (the node's side), `remote_node` (the driver's side of one agent), `cluster` (the port).
+`agent_actor` (the node's side), `remote_node` (the driver's side of one agent), `outbox` (what is told until it has arrived),
+`cluster` (the port).
 """
 
 from __future__ import annotations

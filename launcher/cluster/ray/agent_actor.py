@@ -16,7 +16,6 @@ import sys
 import tempfile
 import threading
 import time
-from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -26,6 +25,7 @@ from typing import Any
 
 import ray
 
+from launcher.cluster.ray.outbox import Outbox
 from launcher.errors import NodeError
 from launcher.gang.events import AttemptPlan, Event, LogChunk, Notice, Output
 from launcher.gang.world import NodeInfo
@@ -62,10 +62,8 @@ class AgentActor:
     def __init__(self) -> None:
         self._host: subprocess.Popen[bytes] | None = None
         self._control: Connection | None = None
-        self._changed = threading.Condition()
-        self._events: deque[Event] = deque()
-        self._outputs: deque[Output] = deque()
-        self._num_held_bytes = 0
+        self._events: Outbox[Event] = Outbox()
+        self._outputs: Outbox[Output] = Outbox(MAX_HELD_BYTES)
         self._is_gone = False
         self._last_poll_s = time.monotonic()
 
@@ -80,7 +78,7 @@ class AgentActor:
         """Starts the agent's host process and the agent in it."""
         made, notice = _make_run_dir(run_dir)
         if notice:
-            self._put_event(Notice(notice, node.node_id))
+            self._events.put(Notice(notice, node.node_id))
         base_env = user_environment(os.environ, _initial_environment())
         self._start_host(base_env)
         self._send("begin", node, replace(spec, cwd=cwd), made, base_env)
@@ -106,26 +104,18 @@ class AgentActor:
                 self._host.kill()
                 self._host.wait()
 
-    def poll_events(self, timeout_s: float) -> list[Event]:
-        """Events so far; empty after `timeout_s`: the heartbeat. Raises NodeError when the agent is gone and has nothing left to say."""
-        with self._changed:
-            self._last_poll_s = time.monotonic()
-            self._changed.wait_for(lambda: self._events or self._is_gone, timeout_s)
-            if self._is_gone and not self._events:
-                raise NodeError(f"the agent's process on {socket.gethostname()} has ended")
-            batch = list(self._events)
-            self._events.clear()
-            return batch
+    def poll_events(self, num_arrived: int, timeout_s: float) -> list[Event]:
+        """Events after the first `num_arrived`; empty after `timeout_s`: the heartbeat. Raises NodeError when the agent is gone and has
+        nothing left to say."""
+        self._last_poll_s = time.monotonic()
+        events = self._events.take(num_arrived, timeout_s)
+        if self._is_gone and not events:
+            raise NodeError(f"the agent's process on {socket.gethostname()} has ended")
+        return events
 
-    def poll_outputs(self, timeout_s: float) -> list[Output]:
-        """Shown output so far; empty after `timeout_s`."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._outputs, timeout_s)
-            batch = list(self._outputs)
-            self._outputs.clear()
-            self._num_held_bytes = 0
-            self._changed.notify_all()
-            return batch
+    def poll_outputs(self, num_arrived: int, timeout_s: float) -> list[Output]:
+        """Shown output after the first `num_arrived` pieces; empty after `timeout_s`."""
+        return self._outputs.take(num_arrived, timeout_s)
 
     def _start_host(self, base_env: Mapping[str, str]) -> None:
         control, theirs = socket.socketpair()
@@ -149,26 +139,15 @@ class AgentActor:
     def _read_events(self, control: Connection) -> None:
         with contextlib.suppress(EOFError, OSError):
             while True:
-                self._put_event(control.recv())
-        with self._changed:
-            self._is_gone = True
-            self._changed.notify_all()
-
-    def _put_event(self, event: Event) -> None:
-        with self._changed:
-            self._events.append(event)
-            self._changed.notify_all()
+                self._events.put(control.recv())
+        self._is_gone = True
+        self._events.close()
 
     def _read_outputs(self, outputs: Connection) -> None:
         with contextlib.suppress(EOFError, OSError):
             while True:
                 output = outputs.recv()
-                with self._changed:
-                    self._changed.wait_for(lambda: self._num_held_bytes < MAX_HELD_BYTES)
-                    self._outputs.append(output)
-                    if isinstance(output, LogChunk):
-                        self._num_held_bytes += len(output.data)
-                    self._changed.notify_all()
+                self._outputs.put(output, len(output.data) if isinstance(output, LogChunk) else 0)
 
     def _watch_lease(self) -> None:
         while time.monotonic() - self._last_poll_s < LEASE_S:

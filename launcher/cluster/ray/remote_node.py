@@ -83,10 +83,10 @@ class RemoteNode:
             getattr(self._actor, method).remote(*args)
 
     def _fetch_events(self) -> None:
-        heard_s = time.monotonic()
+        heard_s, num_arrived = time.monotonic(), 0
         while not self._over.is_set():
             try:
-                poll = self._actor.poll_events.options(concurrency_group=EVENT_GROUP).remote(HEARTBEAT_S)
+                poll = self._actor.poll_events.options(concurrency_group=EVENT_GROUP).remote(num_arrived, HEARTBEAT_S)
                 batch = ray.get(poll, timeout=SILENCE_S)
             except ray.exceptions.GetTimeoutError:
                 self._lose(f"not heard of for {SILENCE_S:g} s")
@@ -101,14 +101,17 @@ class RemoteNode:
                 self._lose(_why_gone(error))
                 return
             heard_s = time.monotonic()
+            num_arrived += len(batch)
             for event in batch:
                 if not self._over.is_set():
                     self._sink.put(event)
 
     def _fetch_outputs(self) -> None:
+        num_arrived = 0
         while not self._over.is_set():
             try:
-                outputs = ray.get(self._actor.poll_outputs.options(concurrency_group=OUTPUT_GROUP).remote(HEARTBEAT_S))
+                poll = self._actor.poll_outputs.options(concurrency_group=OUTPUT_GROUP)
+                outputs = ray.get(poll.remote(num_arrived, HEARTBEAT_S))
             except ray.exceptions.ActorUnavailableError:
                 self._over.wait(0.2)
                 continue
@@ -116,6 +119,7 @@ class RemoteNode:
                 return  # the other thread says so
             for output in outputs:
                 self._sink.put_log(output)
+            num_arrived += len(outputs)
 
     def _lose(self, reason: str) -> None:
         """Reports the loss, unless it was we who ended the agent."""
