@@ -1,0 +1,63 @@
+"""What the docs say is so."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from launcher.k8s.fabric import FABRICS
+from launcher.k8s.jobfile import _ELSEWHERE
+from launcher.k8s.manifest import render
+from launcher.k8s.request import cut, to_job, with_job_file
+
+ROOT = Path(__file__).parents[3]
+DOCS = ROOT / "docs"
+
+
+def test_every_rule_is_explained_and_every_explained_rule_exists() -> None:
+    explained = set(
+        re.findall(
+            r"`([a-z0-9-]+)`",
+            "".join(re.findall(r"^\| (`.*?) \|", (DOCS / "kubernetes-rules.md").read_text(), re.MULTILINE)),
+        )
+    )
+    source = "".join(path.read_text() for path in (ROOT / "launcher" / "k8s").glob("rules*.py"))
+    written = set(re.findall(r'Violation\(\s*"([a-z0-9-]+)"', source))
+    built = {f"duplicate-{kind}" for kind in ("container", "volume")} | {
+        f"sidecar-{kind}-waits" for kind in ("startup", "readiness", "liveness")
+    }
+    assert explained == written | built
+
+
+def test_the_job_file_in_the_docs_renders() -> None:
+    (example,) = re.findall(r"```yaml\n(.*?)```", (DOCS / "kubernetes-jobfile.md").read_text(), re.DOTALL)
+    job = to_job(with_job_file(cut([]), example, "job.yaml"), {"WANDB_API_KEY": "k"}, lambda _: "")
+    assert render(job).main["metadata"]["name"] == "resnet"
+
+
+def test_every_fabric_and_every_sample_is_in_the_docs() -> None:
+    text = (DOCS / "kubernetes.md").read_text()
+    for name in FABRICS:
+        assert name == "none" or f"| `{name}` |" in text
+    for path in (ROOT / "k8s" / "samples").glob("*.job.yaml"):
+        assert f"`{path.name.removesuffix('.job.yaml')}`" in text
+
+
+def test_files_that_the_docs_and_messages_name_are_there() -> None:
+    texts = [
+        path.read_text()
+        for path in (
+            *DOCS.glob("kubernetes*.md"),
+            *(ROOT / "launcher" / "k8s").glob("*.py"),
+            ROOT / "k8s" / "README.md",
+        )
+    ]
+    named = {name for text in texts for name in re.findall(r"\b(?:docs|k8s)/[\w/-]+\.(?:md|yaml)\b", text)}
+    assert named
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_what_other_tools_call_it_leads_to_a_key_that_exists() -> None:
+    known = set(re.findall(r'Flag\(\s*"([a-z-]+)"', (ROOT / "launcher" / "k8s" / "flags.py").read_text()))
+    launcher = set(re.findall(r'Option\(\s*"([a-z-]+)"', (ROOT / "launcher" / "options" / "table.py").read_text()))
+    assert set(_ELSEWHERE.values()) <= known | launcher | {"run"}
