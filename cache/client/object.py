@@ -284,7 +284,7 @@ class CachedObject:
             is_small = len(part) < DIRECT_WINDOW_BYTES // 16 or offset == self._next_offset
             end = min(self.size, offset + (max(len(part), DIRECT_WINDOW_BYTES) if is_small else len(part)))
             start, data = offset, self._door.direct.read(self.url, self.etag, offset, end)
-            self._window = (start, data) if is_small else (0, b"")
+            self._window = (start, data) if is_small and len(data) <= DIRECT_WINDOW_BYTES else (0, b"")
         part[:] = memoryview(data)[offset - start : offset - start + len(part)]
         stats = self._door.stats
         stats.direct_reads += 1
