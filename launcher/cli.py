@@ -49,6 +49,10 @@ def _run(argv: list[str]) -> int:
         from launcher.k8s.commands import COMMANDS
 
         return COMMANDS[argv[0]](argv[1:])
+    if argv and argv[0] == "doctor":
+        from launcher.fabric.doctor import main as doctor
+
+        return doctor(argv[1:])
     from launcher.options.intent import understand
     from launcher.options.parse import parse
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from launcher.fabric.facts import NodeFacts, PciDevice
+from launcher.fabric.facts import NodeFacts
 from launcher.fabric.findings import Finding, NodeCheck, Severity, View
 from launcher.fabric.nccl import parse_version
 from launcher.fabric.topology import Near, gpu_hca
@@ -275,11 +275,6 @@ def gpu_nic_affinity(view: View) -> list[Finding]:
 
 def _virtual(facts: NodeFacts) -> str:
     return " (a virtual machine that hides them)" if facts.platform.is_virtual else ""
-
-
-def is_gpu(device: PciDevice) -> bool:
-    """Whether a PCI function is an NVIDIA GPU."""
-    return device.vendor == NVIDIA and (device.class_code or "").startswith(GPU_CLASSES)
 
 
 CHECKS: tuple[NodeCheck, ...] = (gpu_missing, gpu_health, nvlink, pcie, gpudirect, acs_iommu, gpu_nic_affinity)

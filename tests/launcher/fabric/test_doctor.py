@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -185,3 +187,14 @@ def test_probe_of_recorded_facts_says_that_nothing_was_measured(
 ) -> None:
     assert main(["--facts", _save(tmp_path, recorded("dgx-a100")), "--probe"], env={}) == 0
     assert "Nothing was measured" in capsys.readouterr().out
+
+
+def test_the_launcher_knows_the_doctor(recorded: Recorded, tmp_path: Path) -> None:
+    """As users call it: the launcher's own exit codes must not get in the way of the doctor's."""
+    folder = _save(tmp_path, recorded("dgx-a100"))
+    command = [sys.executable, "-m", "launcher", "doctor"]
+    done = subprocess.run([*command, "--facts", folder], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "8 GPUs" in done.stdout
+    wrong = subprocess.run([*command, "--nonsense"], capture_output=True, text=True, timeout=60)
+    assert wrong.returncode == EXIT_USAGE
