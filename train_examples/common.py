@@ -148,13 +148,14 @@ class Account:
         self.num_steps = self.num_samples = 0
 
     def say_how_warm(self, dataset: ShardDataset) -> None:
-        """How much of the data set lay on this node's disk before any rank's index read from it: the least that any
-        rank found."""
+        """How much of the data set lay on the nodes' disks before any rank's index read from it: of each shard the least that any
+        rank found (whoever opens a shard after another finds what that one has fetched)."""
         known = [found for found in self.world.gather(dataset.resident_bytes_at_open) if found is not None]
         if self.start_status is None:
             self.world.say("cache: none, reading the origin directly")
         elif known:
-            share = min(known) / max(1, dataset.index.size_bytes)
+            resident_bytes = sum(min(of_shard) for of_shard in zip(*known, strict=True))
+            share = resident_bytes / max(1, dataset.index.size_bytes)
             kind = "warm" if share >= 1 else "cold" if share == 0 else "partly warm"
             self.world.say(f"cache: {kind}, {100 * share:.0f} % resident before the first step")
 

@@ -22,8 +22,8 @@ class IndexReport:
     """An index, and what of the data set was on this node's disk before indexing read from it."""
 
     index: SampleIndex
-    resident_bytes: int | None
-    """None without a daemon, or when no shard had to be opened."""
+    resident_bytes: tuple[int, ...] | None
+    """Of each shard, when it was opened. None without a daemon, or when no shard had to be opened."""
 
 
 def build_index(cache: Cache, urls: str | Sequence[str], shard_format: ShardFormat | ListedFormat) -> IndexReport:
@@ -52,7 +52,5 @@ def build_index(cache: Cache, urls: str | Sequence[str], shard_format: ShardForm
     with ThreadPoolExecutor(min(NUM_INDEX_THREADS, len(chosen)), thread_name_prefix="railhead-index") as pool:
         indexed = list(pool.map(index_one, chosen))
     shards = [Shard(info.url, info.etag, info.size_bytes) for info in chosen]
-    on_disk = [resident for _, resident in indexed if resident is not None]
-    return IndexReport(
-        join(shards, [index for index, _ in indexed]), sum(on_disk) if len(on_disk) == len(indexed) else None
-    )
+    on_disk = tuple(resident for _, resident in indexed if resident is not None)
+    return IndexReport(join(shards, [index for index, _ in indexed]), on_disk if len(on_disk) == len(indexed) else None)

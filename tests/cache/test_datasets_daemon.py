@@ -132,10 +132,10 @@ def test_what_was_resident_before_indexing_is_known(daemon: CacheDaemon, tokens:
     url, _ = tokens
     cache = Cache(daemon.socket)
     loader = loader_over(cache, url)
-    assert loader.loader.dataset.resident_bytes_at_open == 0  # type: ignore[attr-defined]
+    assert set(loader.loader.dataset.resident_bytes_at_open) == {0}  # type: ignore[attr-defined]
     for _ in loader:
         pass
     again = Cache(daemon.socket)
-    assert TokenDataset(again, url, SEQ_LEN).resident_bytes_at_open == NUM_BLOCKS * BLOCK_BYTES
+    assert sum(TokenDataset(again, url, SEQ_LEN).resident_bytes_at_open or ()) == NUM_BLOCKS * BLOCK_BYTES
     cache.close()
     again.close()
