@@ -245,9 +245,9 @@ def _load(config: Any, configuration: Any, context: str | None) -> str:
             return file.read().strip()
         return "default"
     # Named here, because the client reads the variable once, when it is imported.
-    file = os.environ.get("KUBECONFIG") or None
-    config.load_kube_config(config_file=file, context=context, client_configuration=configuration)
-    contexts, active = config.list_kube_config_contexts(config_file=file)
+    path = os.environ.get("KUBECONFIG") or None
+    config.load_kube_config(config_file=path, context=context, client_configuration=configuration)
+    contexts, active = config.list_kube_config_contexts(config_file=path)
     chosen = next((one for one in contexts if one["name"] == context), active)
     return str(chosen["context"].get("namespace") or "default")
 

@@ -21,6 +21,7 @@ from launcher.k8s.manifest import render as render_job
 from launcher.k8s.options import KubeJob
 from launcher.k8s.request import Request, cut, located, to_job, with_job_file
 from launcher.k8s.rules import check
+from launcher.k8s.upload import Package, pack, upload
 from launcher.options.parse import Given
 
 _SUBMIT_FLAGS = {
@@ -41,7 +42,7 @@ def render(argv: Sequence[str]) -> int:
     if request.wants_help:
         print(help_text("render"))
         return EXIT_OK
-    text = to_yaml(_render(request)[1])
+    text = to_yaml(_render(_packed(request)[0])[1])
     path = request.texts("output")
     if path:
         Path(path[-1].value).write_text(text)
@@ -66,11 +67,14 @@ def submit(argv: Sequence[str]) -> int:
     if request.texts("manifest"):
         objects: tuple[Mapping[str, Any], ...] = (_manifest(request),)
     else:
-        request = _with_fabric(request, kube, screen.say)
+        request, package = _packed(_with_fabric(request, kube, screen.say))
         rendered = _render(request)[1]
         for note in rendered.notes:
             screen.say("note", note)
         objects = rendered.objects
+        if package is not None and not request.has("dry-run"):
+            verb = "put" if upload(package) else "already"
+            screen.say("code", f"code {verb} at {package.uri} ({len(package.data)} bytes)", uri=package.uri)
     main = objects[-1]
     name, namespace = main["metadata"]["name"], main["metadata"]["namespace"]
     if request.has("dry-run"):
@@ -207,6 +211,22 @@ def _render(request: Request) -> tuple[KubeJob, Rendered]:
         return job, render_job(job)
     except SpecError as error:
         raise located(error, request) from error
+
+
+def _packed(request: Request) -> tuple[Request, Package | None]:
+    """`--working-dir DIR --upload-to URL` as the zip that it becomes. Nothing is sent yet."""
+    folder, target = _text(request, "working-dir"), _text(request, "upload-to")
+    if folder is None or "://" in folder:
+        if target is not None:
+            raise SpecError(f"--upload-to {target}: of what?", advice="name a folder: --working-dir .")
+        return request, None
+    if target is None:
+        raise SpecError(
+            f"--working-dir {folder} is a folder here, which the cluster does not see",
+            advice="say where it may be put: --upload-to s3://bucket/code; for a few small files --ship suffices",
+        )
+    package = pack(Path(folder), target)
+    return _with(request, "working-dir", package.uri), package
 
 
 def _with_fabric(request: Request, kube: Any, say: Callable[..., None]) -> Request:

@@ -94,7 +94,8 @@ FLAGS: tuple[Flag, ...] = (
     Flag("secret-env", ENV, "A variable from a Secret.", "NAME=SECRET/KEY", values.secret_env, is_repeated=True),
     Flag("env-from-secret", ENV, "All keys of a Secret as variables.", "SECRET", values.object_name, is_repeated=True),
     Flag("ship", ENV, "Small files that go along in a ConfigMap.", "FILE", values.text, is_repeated=True),
-    Flag("working-dir", ENV, "A zip that Ray unpacks on each node: s3://…, gs://…, https://…", "URI"),
+    Flag("working-dir", ENV, "A zip that Ray unpacks on each node (s3://…), or with --upload-to a folder.", "URI|DIR"),
+    Flag("upload-to", ENV, "Where submit puts --working-dir, as a zip named by its content.", "URL"),
     Flag(
         "cache",
         CACHE,

@@ -93,7 +93,8 @@ class Follower:
         phase = self._phase(job)
         if phase != self._said:
             self._said = phase
-            self._screen.say("phase", str(phase), phase=phase.name, detail=phase.detail)
+            if phase.name != "ended":  # how it ended is said once, after the last line of its output
+                self._screen.say("phase", str(phase), phase=phase.name, detail=phase.detail)
         return phase
 
     def _phase(self, job: Mapping[str, Any]) -> Phase:

@@ -166,10 +166,15 @@ def _refuse(violations: Sequence[Violation]) -> None:
 
 
 def _notes(job: KubeJob) -> list[str]:
-    kube = job.kube
+    spec, kube = job.spec, job.kube
     notes = []
     if kube.spares:
         notes.append(f"{kube.spares} spare worker(s) of {job.max_workers} wait idle with their GPUs")
+    used = spec.nproc_per_node * (1 if spec.resources.gpus_per_proc is None else spec.resources.gpus_per_proc)
+    if kube.gpus > used:
+        notes.append(
+            f"{kube.gpus - used:g} of {kube.gpus} GPUs of each worker idle: --nproc-per-node is {spec.nproc_per_node}"
+        )
     if kube.submission is Submission.HTTP:
         notes.append("with --submission http no pod holds the job's output; it is in the head pod, below /tmp/ray")
     return notes
