@@ -14,7 +14,11 @@ from launcher.fabric.findings import Severity
 from tests.launcher.fabric.namespaces import Network, closing, network, why_not
 
 REASON = why_not()
-pytestmark = pytest.mark.skipif(REASON is not None, reason=REASON or "")
+pytestmark = [
+    pytest.mark.skipif(REASON is not None, reason=REASON or ""),
+    # One worker: two gangs measured at once on two cores would take each other's time.
+    pytest.mark.xdist_group("namespaces"),
+]
 
 RATE_MBIT = 200
 
