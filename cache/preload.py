@@ -84,8 +84,11 @@ def preload(socket: str, urls: Sequence[str], *, jobs: int, verify: bool) -> Pre
                     elif error is not None:
                         raise error
                 progress.show(time.monotonic() - started)
-        finally:
+        except BaseException:
+            # Ctrl-C, most of all: threads that wait for a slow origin must not hold up the end.
             threads.shutdown(wait=False, cancel_futures=True)
+            cache.close()
+            raise
     after = cache.daemon_status()
     if after is not None and after["counters"]["evicted_extents"] != before["counters"]["evicted_extents"]:
         _look_again(cache, list(objects.values()), result)
