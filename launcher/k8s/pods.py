@@ -17,6 +17,7 @@ JOB_LABEL = "railhead.dev/job"
 ROLE_LABEL = "railhead.dev/role"
 RUNS_PATH = "/railhead/runs"
 CODE_VOLUME = "code"
+_NO_TOKEN = {"name": "RAY_AUTH_MODE", "value": "disabled"}
 TOKEN_SINCE_RAY, TOKEN_SINCE_KUBERAY = "2.52", "1.5.1"
 
 # Labels and taints by which providers tell nodes that may be taken away.
@@ -83,10 +84,11 @@ def worker_template(job: KubeJob, wiring: Wiring, annotations: dict[str, str]) -
 
 def submitter_template(job: KubeJob, wiring: Wiring) -> dict[str, Any]:
     """KubeRay's own default takes neither pull secrets nor tolerations from the head; without a command, its submit line is used."""
-    container = {
+    container: dict[str, Any] = {
         "name": "ray-job-submitter",
         "image": job.kube.image,
         **_pull_policy(job),
+        **({"env": [_NO_TOKEN]} if _goes_without_token(job) else {}),
         "resources": {"requests": {"cpu": "500m", "memory": "512Mi"}, "limits": {"cpu": "1", "memory": "1Gi"}},
     }
     return {
@@ -123,6 +125,11 @@ def uses_token(job: KubeJob) -> bool:
     return reaches(job.kube.ray_version, TOKEN_SINCE_RAY) and reaches(job.kube.kuberay, TOKEN_SINCE_KUBERAY)
 
 
+def _goes_without_token(job: KubeJob) -> bool:
+    """Ray would ask for one that KubeRay does not hand out."""
+    return reaches(job.kube.ray_version, TOKEN_SINCE_RAY) and not uses_token(job)
+
+
 def user_env(job: KubeJob) -> list[dict[str, Any]]:
     """What the user asked for; the cache and the preload get the same, because the object store's keys are among it."""
     plain: list[dict[str, Any]] = [{"name": name, "value": value} for name, value in job.spec.env.items()]
@@ -141,8 +148,8 @@ def _ray_container(
     job: KubeJob, name: str, resources: dict[str, Any], mounts: list[dict[str, Any]], env: list[dict[str, Any]]
 ) -> dict[str, Any]:
     ours = [{"name": "RAILHEAD_RUNS", "value": RUNS_PATH}, *env]
-    if reaches(job.kube.ray_version, TOKEN_SINCE_RAY) and not uses_token(job):
-        ours.append({"name": "RAY_AUTH_MODE", "value": "disabled"})
+    if _goes_without_token(job):
+        ours.append(_NO_TOKEN)
     theirs = user_env(job)
     named = {entry["name"] for entry in theirs}
     container: dict[str, Any] = {

@@ -27,7 +27,7 @@ from launcher.k8s.options import (
 )
 from launcher.options.intent import understand
 from launcher.options.parse import parse
-from launcher.spec import JobSpec, Program, ProgramKind
+from launcher.spec import JobSpec, LogOptions, Program, ProgramKind, Resources, RestartBudget
 from tests.launcher.k8s.jobs import job, jobs, kube, ray_job, spec, specs, with_sidecar, worker
 from tests.launcher.k8s.schemas import faults
 
@@ -71,6 +71,33 @@ def test_the_submitters_shell_and_rays_shell_hand_the_arguments_on_unchanged(one
         == once
         == ["python", "-m", "launcher", "--address", "auto", *launcher_arguments(one)]
     )
+
+
+def test_every_field_of_a_job_is_known_to_the_entrypoint() -> None:
+    """A field that is added to the spec must be carried over, here and in `specs()`; else clusters would run another job than laptops."""
+    carried = {
+        name for kind in (JobSpec, Program, Resources, RestartBudget, LogOptions) for name in kind.__dataclass_fields__
+    }
+    assert carried == {
+        *(
+            "program",
+            "min_nodes",
+            "max_nodes",
+            "nproc_per_node",
+            "resources",
+            "restarts",
+            "logs",
+            "role",
+            "run_id",
+            "master_port",
+        ),
+        *("virtual_local_rank", "shutdown_timeout_s", "place_timeout_s", "signals_to_handle"),
+        *("kind", "target", "args", "cpus_per_proc", "gpus_per_proc", "per_node", "max_restarts"),
+        *("log_dir", "show_ranks", "show_all", "redirects", "tee", "local_ranks_filter", "line_prefix_template"),
+        *("duplicate_stdout_filters", "duplicate_stderr_filters"),
+        # What the pods have instead: the sidecar, the working directory, variables, addresses and the interpreter of the image.
+        *("cache", "cwd", "env", "local_addr", "python"),
+    }
 
 
 def test_the_same_job_renders_to_the_same_bytes() -> None:
@@ -206,7 +233,9 @@ def test_an_older_kuberay_gets_no_token_and_rays_own_check_is_switched_off() -> 
     """Ray 2.60 wants a token unless told otherwise, and KubeRay gives none before 1.5.1: no worker could join."""
     old = ray_job(render(job(kuberay="1.4.2")))
     assert "authOptions" not in old["spec"]["rayClusterSpec"]
-    assert {"name": "RAY_AUTH_MODE", "value": "disabled"} in worker(old)["containers"][0]["env"]
+    off = {"name": "RAY_AUTH_MODE", "value": "disabled"}
+    assert off in worker(old)["containers"][0]["env"]
+    assert off in old["spec"]["submitterPodTemplate"]["spec"]["containers"][0]["env"]
     assert ray_job(render(job()))["spec"]["rayClusterSpec"]["authOptions"] == {"mode": "token"}
 
 

@@ -164,6 +164,13 @@ def test_what_belongs_to_the_job_goes_with_it(server: FakeApiServer, capsys: pyt
     assert capsys.readouterr().out.endswith("was not there\n")
 
 
+def test_who_may_not_touch_schedules_can_stop_a_job(server: FakeApiServer) -> None:
+    assert main([*SUBMIT[:-1], "--detach", "train.py"]) == 0
+    server.fail("DELETE", "cronjobs", code=403)
+    assert main(["stop", "resnet"]) == 0
+    assert not server.objects
+
+
 def test_a_refusal_after_the_job_was_made_leaves_nothing_behind(server: FakeApiServer) -> None:
     """The dry run passed, and then a quota was used up by somebody else."""
     message = "exceeded quota: gpus, requested: count=1, used: count=4, limited: count=4"
