@@ -11,6 +11,7 @@ import asyncio
 import builtins
 import re
 from collections.abc import AsyncIterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
     from cache.origin.urls import Location
 
+_WRITE_TIMEOUT_S = 3600.0
 # Whatever the client libraries raise below HTTP. Errors of programming (TypeError, …) are not among them and pass through.
 _TRANSPORT_ERRORS = (OSError, TimeoutError, aiohttp.ClientError, boto.BotoCoreError, boto.HTTPClientError)
 
@@ -36,25 +38,11 @@ class S3fsOrigin:
     """One bucket, from the event loop it was made on."""
 
     def __init__(self, location: Location, options: OriginOptions) -> None:
-        given = dict(options.storage_options)
-        config = {
-            "connect_timeout": options.connect_timeout_s,
-            "read_timeout": options.read_timeout_s,
-            "max_pool_connections": options.max_idle_connections,
-            "retries": {"total_max_attempts": 1, "mode": "standard"},
-            **given.pop("config_kwargs", {}),
-        }
+        self._options = options
         self._timeout_s = options.request_timeout_s
         self._bucket = location.bucket
-        self._fs = S3FileSystem(
-            **given,
-            config_kwargs=config,
-            asynchronous=True,
-            loop=asyncio.get_running_loop(),
-            skip_instance_cache=True,
-            use_listings_cache=False,
-        )
-        self._fs.retries = 1  # the number of tries; the caller decides about more
+        self._fs = _filesystem(options)
+        self._writing_fs: S3FileSystem | None = None
 
     async def head(self, url: str) -> ObjectInfo:
         answer = await self._call("HEAD", url, "head_object", Key=_key(url))
@@ -109,21 +97,48 @@ class S3fsOrigin:
         return sorted(found, key=lambda info: info.url)
 
     async def put(self, url: str, data: Buffer) -> ObjectInfo:
+        if self._writing_fs is None:
+            # A read timeout also runs while a body is being sent, and would cut off uploads that take longer than that.
+            self._writing_fs = _filesystem(replace(self._options, read_timeout_s=_WRITE_TIMEOUT_S))
         await self._call("PUT", url, "put_object", Key=_key(url), Body=bytes(data))
         return await self.head(url)
 
     async def close(self) -> None:
-        if self._fs._s3 is not None:
-            await self._fs._s3.close()
+        for fs in (self._fs, self._writing_fs):
+            if fs is not None and fs._s3 is not None:
+                await fs._s3.close()
 
     async def _call(self, operation: str, url: str, method: str, **kwargs: Any) -> Mapping[str, Any]:
+        is_upload = method == "put_object"
+        fs = self._writing_fs if is_upload else self._fs
+        assert fs is not None
         try:
-            # No deadline for a whole upload: it takes as long as its size needs; a stalled one ends by the connection's timeouts.
-            async with asyncio.timeout(None if method == "put_object" else self._timeout_s):
-                answer: Mapping[str, Any] = await self._fs._call_s3(method, Bucket=self._bucket, **kwargs)
+            async with asyncio.timeout(_WRITE_TIMEOUT_S if is_upload else self._timeout_s):
+                answer: Mapping[str, Any] = await fs._call_s3(method, Bucket=self._bucket, **kwargs)
                 return answer
         except (*_TRANSPORT_ERRORS, boto.ClientError) as e:
             raise _error(operation, url, e) from e
+
+
+def _filesystem(options: OriginOptions) -> S3FileSystem:
+    given = dict(options.storage_options)
+    config = {
+        "connect_timeout": options.connect_timeout_s,
+        "read_timeout": options.read_timeout_s,
+        "max_pool_connections": options.max_idle_connections,
+        "retries": {"total_max_attempts": 1, "mode": "standard"},
+        **given.pop("config_kwargs", {}),
+    }
+    fs = S3FileSystem(
+        **given,
+        config_kwargs=config,
+        asynchronous=True,
+        loop=asyncio.get_running_loop(),
+        skip_instance_cache=True,
+        use_listings_cache=False,
+    )
+    fs.retries = 1  # the number of tries; the caller decides about more
+    return fs
 
 
 def _key(url: str) -> str:

@@ -31,7 +31,8 @@ DATE = b"Last-Modified: Mon, 23 Nov 2026 18:00:00 GMT\r\n"
 
 def answer(status: str, code: str = "", message: str = "", headers: str = "") -> bytes:
     body = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>{message}</Message></Error>" if code else ""
-    return f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\n{headers}\r\n{body}".encode()
+    # The server closes after each answer and says so: a client that kept the connection would send its next request into the void.
+    return f"HTTP/1.1 {status}\r\nConnection: close\r\nContent-Length: {len(body)}\r\n{headers}\r\n{body}".encode()
 
 
 class CannedServer:

@@ -15,6 +15,7 @@ from cache.errors import ObjectChanged, ObjectNotFound, OriginError, OriginMisco
 from cache.origin import urls
 from cache.origin.aws_profile import profile_settings, wants_profile
 from cache.origin.local_origin import LocalOrigin
+from cache.origin.options import OriginOptions
 from cache.origin.registry import origin_for
 
 
@@ -141,6 +142,15 @@ def test_one_origin_serves_a_bucket_in_one_loop() -> None:
         return origin_for("s3://b/x")
 
     assert asyncio.run(main()) is not asyncio.run(main())
+
+
+def test_s3fs_can_be_asked_for_by_url_and_by_option() -> None:
+    async def main() -> None:
+        by_url = origin_for("fsspec+s3://b/x")
+        by_option = origin_for("s3://b/x", OriginOptions(prefer_s3fs=True))
+        assert type(by_url) is type(by_option) is not type(origin_for("s3://b/x"))
+
+    asyncio.run(main())
 
 
 def test_an_unknown_scheme_says_what_is_built_in() -> None:

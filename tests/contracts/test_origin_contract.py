@@ -14,7 +14,6 @@ from urllib.parse import quote
 import pytest
 
 from cache.errors import ObjectChanged, ObjectNotFound, OriginError, from_wire
-from cache.origin.options import OriginOptions
 from cache.origin.ports import ObjectInfo, Origin
 from cache.origin.registry import close_origins, origin_for
 from tests.fakes.origin import MemoryOrigin
@@ -51,14 +50,13 @@ class MemoryWorld(World):
 class RegistryWorld(World):
     """Whatever the registry makes of a url."""
 
-    def __init__(self, root: str, options: OriginOptions | None = None) -> None:
+    def __init__(self, root: str) -> None:
         self.root = root
-        self.options = options or OriginOptions()
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[tuple[Origin, str]]:
         try:
-            yield origin_for(self.root, self.options), self.root
+            yield origin_for(self.root), self.root
         finally:
             await close_origins()
 
@@ -93,7 +91,6 @@ KINDS = [
     "fsspec-file",
     pytest.param("s3", marks=pytest.mark.s3),
     pytest.param("s3fs", marks=pytest.mark.s3),
-    pytest.param("s3fs-by-option", marks=pytest.mark.s3),
 ]
 
 
@@ -106,7 +103,6 @@ def world(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[World]:
         yield {
             "s3": lambda: RegistryWorld(f"s3://{place}"),
             "s3fs": lambda: RegistryWorld(f"fsspec+s3://{place}"),
-            "s3fs-by-option": lambda: RegistryWorld(f"s3://{place}", OriginOptions(prefer_s3fs=True)),
         }[kind]()
         return
     yield {
