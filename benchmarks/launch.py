@@ -211,7 +211,9 @@ def measure(chosen: Sequence[Way], num_rounds: int, directory: Path) -> dict[str
     """All ways in turn, `num_rounds` times; a first round warms the page cache and does not count."""
     found: dict[str, list[Trial]] = {way.name: [] for way in chosen}
     for number in range(num_rounds + 1):
-        for way in chosen:
+        # Rotated, so that nobody always follows the one whose processes still end.
+        start = number % len(chosen)
+        for way in [*chosen[start:], *chosen[:start]]:
             trial = try_once(way, directory)
             print(f"round {number}: {way.name}: {trial.to_all_reduce_s:.2f} s, whole {trial.whole_s:.2f} s", flush=True)
             if number > 0:
