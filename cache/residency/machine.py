@@ -1,6 +1,6 @@
 """The daemon's mind: `step(event, now)` returns what to do. No I/O, no clock, no randomness of its own.
 
-Guarantees, each a test in tests/cache/test_residency_machine.py:
+Guarantees, each a test in tests/cache/test_residency_machine.py, all of them checked over generated histories in test_residency_model.py:
 - a block has at most one fetch in flight, however many readers wait for it;
 - a word is published only after its block landed or was verified, and zeroed before its file is removed;
 - the bytes of all files, evicted ones that readers hold included, never exceed the capacity;
@@ -259,10 +259,12 @@ class Residency:
             self._ended(self._waiting.drop(event.request_id))
 
     def _cause(self, key: BlockKey, state: BlockState, extent: Extent | None) -> str:
-        if state is BlockState.FETCHING or key in self._demand:
-            return "delayed hit"
-        on_disk = state in (BlockState.VERIFYING, BlockState.UNVERIFIED) or (extent is not None and extent.needs_table)
-        return "disk" if on_disk else "origin"
+        if state in (BlockState.VERIFYING, BlockState.UNVERIFIED) or (extent is not None and extent.needs_table):
+            return "disk"
+        is_coming = (
+            key in self._demand or self._waiting.is_wanted(key) or (extent is not None and key[1] in extent.backlog)
+        )
+        return "delayed hit" if is_coming or state is BlockState.FETCHING else "origin"
 
     def _blocks_hinted(self, event: m.BlocksHinted) -> None:
         known = self.residents.objects.get(event.content_id)

@@ -1,0 +1,299 @@
+"""The promises of cache/residency/machine.py, one by one. (Generated histories: test_residency_model.py.)"""
+
+from __future__ import annotations
+
+import pytest
+
+from cache.blocks import BLOCK_BYTES, EXTENT_BYTES, ExtentId, ObjectId
+from cache.errors import AccessDenied, CapacityError, CorruptBlock, ObjectChanged, OriginUnavailable
+from cache.order.lookahead import Visit
+from cache.residency.budget import STALE_HOLD_S
+from cache.residency.machine import DISK_PAUSE_S
+from cache.residency.patience import COOLING_S
+from cache.residency.retry import RetryPolicy
+from tests.models.residency_world import World
+
+MIB = 2**20
+A = ObjectId("s3://b/a", '"1"', 3 * BLOCK_BYTES)
+B = ObjectId("s3://b/b", '"1"', 3 * BLOCK_BYTES)
+C = ObjectId("s3://b/c", '"1"', 3 * BLOCK_BYTES)
+LONG = ObjectId("s3://b/long", '"1"', 2 * EXTENT_BYTES)
+
+
+def whole(object_id: ObjectId) -> Visit:
+    return Visit(object_id.content_id, 0, 3)
+
+
+def read(world: World, client: str, object_id: ObjectId, *, hold: bool = False) -> None:
+    """A reader asks for all of an object, and everything goes well."""
+    world.open(client, object_id)
+    request_id = world.want(client, object_id, 0, 3)
+    world.run_until_quiet()
+    assert world.answers[request_id].error is None
+    if hold:
+        world.hold_answered(request_id)
+    world.settle(request_id)
+
+
+def test_a_block_has_one_fetch_in_flight_however_many_wait() -> None:
+    world = World(100 * MIB)
+    requests = []
+    for client in ("a", "b", "c"):
+        world.open(client, A)
+        requests.append(world.want(client, A, 0, 3))
+    world.run_until_quiet()
+    assert [world.num_fetches[A.content_id, block] for block in range(3)] == [1, 1, 1]
+    assert [world.answers[rid].cause for rid in requests] == ["origin", "delayed hit", "delayed hit"]
+
+
+def test_a_reader_of_the_first_block_does_not_wait_for_the_last() -> None:
+    world = World(100 * MIB)
+    world.open("a", A)
+    first, all_of_it = world.want("a", A, 0, 1), world.want("a", A, 0, 3)
+    world.create_done(world.creations[0])
+    world.fetch_done(next(f for f in world.fetches if f.block == 0))
+    assert first in world.answers and all_of_it not in world.answers
+
+
+def test_what_was_fetched_for_a_reader_stays_until_it_was_handed_over() -> None:
+    """Else two readers with room for one would evict each other's blocks for ever, and neither would read one."""
+    world = World(15 * MIB)
+    for client, object_id in (("a", A), ("b", B)):
+        world.open(client, object_id)
+    first = world.want("a", A, 0, 3)
+    world.create_done(world.creations[0])
+    while world.fetches:
+        world.fetch_done(world.fetches[0])
+    world.want("b", B, 0, 3)
+    assert first in world.answers and not world.creations, "B must wait"
+    world.settle(first)
+    assert [action.object_id for action in world.creations] == [B]
+
+
+def test_who_no_longer_waits_holds_nothing_up() -> None:
+    world = World(15 * MIB)
+    for client, object_id in (("a", A), ("b", B)):
+        world.open(client, object_id)
+    world.settle(world.want("a", A, 0, 3))
+    world.leave("a")
+    second = world.want("b", B, 0, 3)
+    world.run_until_quiet()
+    assert world.answers[second].error is None
+
+
+def test_bytes_that_readers_hold_count_until_they_let_go() -> None:
+    world = World(15 * MIB)
+    read(world, "a", A, hold=True)
+    world.open("b", B)
+    request_id = world.want("b", B, 0, 3)
+    assert world.machine.budget.held_bytes > 12 * MIB and not world.creations, "evicted, but its bytes are not free"
+    (key,) = [key for key, holders in world.holders.items() if holders]
+    world.release(key, "a")
+    assert world.machine.budget.held_bytes == 0 and len(world.creations) == 1
+    world.run_until_quiet()
+    assert world.answers[request_id].error is None
+
+
+def test_a_reader_that_never_lets_go_sends_the_others_to_the_origin_after_a_while() -> None:
+    world = World(15 * MIB)
+    read(world, "idle", A, hold=True)
+    world.open("b", B)
+    request_id = world.want("b", B, 0, 3)
+    world.pass_time(STALE_HOLD_S - 0.1)
+    assert request_id not in world.answers
+    world.pass_time(0.2)
+    assert isinstance(world.answers[request_id].error, CapacityError)
+    world.leave("idle")
+    assert world.machine.budget.used_bytes == 0
+
+
+def test_an_extent_that_can_never_fit_is_refused_at_once_and_not_fetched_ahead() -> None:
+    world = World(15 * MIB)
+    world.open("a", LONG)
+    world.open("a", A)
+    request_id = world.want("a", LONG, 0, 1)
+    assert isinstance(world.answers[request_id].error, CapacityError)
+    world.announce("a", "s", [Visit(LONG.content_id, 0, 16), whole(A)])
+    world.run_until_quiet()
+    assert world.readable(A) == {0, 1, 2}, "it must not stand before what fits"
+
+
+def test_an_extent_in_a_workers_hands_stays_even_if_a_person_asks_for_its_eviction() -> None:
+    world = World(100 * MIB)
+    world.open("a", A)
+    world.want("a", A, 0, 3)
+    world.evict(A)
+    world.create_done(world.creations[0])
+    world.evict(A)
+    assert world.files
+    world.run_until_quiet()
+
+
+def test_a_prefetch_never_displaces_what_is_needed_sooner() -> None:
+    world = World(15 * MIB)
+    for object_id in (A, B):
+        world.open("a", object_id)
+    world.announce("a", "s", [whole(A), whole(B)])
+    world.run_until_quiet()
+    assert world.readable(A) and not world.readable(B)
+    world.advance("s", 1)
+    world.run_until_quiet()
+    assert world.readable(B) and not world.readable(A), "now A is behind the reader"
+
+
+def test_the_farthest_use_goes_first() -> None:
+    world = World(28 * MIB)
+    for object_id in (A, B, C):
+        world.open("a", object_id)
+    world.announce("a", "s", [whole(A), whole(B), whole(A), whole(A), whole(C), whole(B)])
+    world.run_until_quiet()
+    world.advance("s", 2)
+    world.want("a", C, 0, 3)
+    world.run_until_quiet()
+    assert world.readable(A) == {0, 1, 2} and world.readable(B) == set()
+
+
+def test_a_long_order_does_not_take_the_space_before_it_can_be_filled() -> None:
+    """Files under way are bounded like blocks: else a window of a thousand shards would evict everything at once."""
+    world = World(10_000 * MIB, max_in_flight=4, demand_reserve=1)
+    objects = [ObjectId(f"s3://b/{idx}", '"1"', BLOCK_BYTES) for idx in range(50)]
+    for object_id in objects:
+        world.open("a", object_id)
+    world.announce("a", "s", [Visit(object_id.content_id, 0, 1) for object_id in objects])
+    assert len(world.creations) == 3
+    world.run_until_quiet()
+    assert sum(world.num_fetches.values()) == 50
+
+
+def test_a_reader_that_waits_comes_before_every_prefetch() -> None:
+    world = World(1000 * MIB, max_in_flight=2, demand_reserve=1)
+    world.open("a", LONG)
+    world.open("b", A)
+    world.announce("a", "s", [Visit(LONG.content_id, 0, 16)])
+    world.create_done(world.creations[0])
+    world.want("b", A, 0, 1)
+    world.create_done(world.creations[0])
+    assert [(f.object_id, f.is_demand) for f in world.fetches] == [(LONG, False), (A, True)]
+
+
+def test_a_block_found_on_disk_is_read_back_before_it_is_readable() -> None:
+    world = World(100 * MIB)
+    world.found(A, 0, 5, [0, 1])
+    world.open("a", A)
+    request_id = world.want("a", A, 0, 2)
+    world.table_done(world.tables[0])
+    assert len(world.checks) == 2 and world.readable(A) == set()
+    world.check_done(world.checks[0])
+    assert request_id not in world.answers
+    world.check_done(world.checks[0])
+    assert world.answers[request_id].generation == 5 and not world.num_fetches
+
+
+def test_a_rotten_block_is_fetched_again_and_never_published() -> None:
+    world = World(100 * MIB)
+    world.found(A, 0, 5, [0])
+    world.open("a", A)
+    request_id = world.want("a", A, 0, 1)
+    world.table_done(world.tables[0])
+    world.check_done(world.checks[0], is_sound=False)
+    assert world.readable(A) == set()
+    world.run_until_quiet()
+    assert world.answers[request_id].error is None and world.num_fetches[A.content_id, 0] == 1
+    assert world.machine.counters.rotten_blocks == 1
+
+
+def test_a_file_whose_table_cannot_be_read_is_made_anew() -> None:
+    world = World(100 * MIB)
+    world.found(A, 0, 5, [0])
+    world.open("a", A)
+    request_id = world.want("a", A, 0, 1)
+    world.table_done(world.tables[0], CorruptBlock("torn"))
+    world.run_until_quiet()
+    assert world.answers[request_id].generation > 5
+
+
+def test_a_check_that_somebody_asks_for_keeps_to_the_limit_and_its_extent_stays() -> None:
+    world = World(100 * MIB, max_in_flight=4)
+    world.open("a", LONG)
+    world.want("a", LONG, 0, 16)
+    world.run_until_quiet()
+    for request_id in list(world.unsettled):
+        world.settle(request_id)
+    request_id = world.check("a", ExtentId(LONG.content_id, 0))
+    assert len(world.checks) == 4
+    world.evict(LONG)
+    assert world.files
+    world.run_until_quiet()
+    assert world.answers[request_id].cause == "sound"
+
+
+@pytest.mark.parametrize("error", [AccessDenied("no"), ObjectChanged("new"), CapacityError("disk")])
+def test_what_cannot_succeed_is_told_at_once_to_everybody_who_waits(error: AccessDenied) -> None:
+    world = World(100 * MIB)
+    world.open("a", A)
+    requests = [world.want("a", A, 0, 1), world.want("a", A, 0, 3)]
+    world.create_done(world.creations[0])
+    world.fetch_done(next(f for f in world.fetches if f.block == 0), error)
+    assert [world.answers[rid].error for rid in requests] == [error, error]
+    world.run_until_quiet()
+
+
+def test_what_may_succeed_later_is_tried_with_growing_pauses_and_then_given_up() -> None:
+    world = World(100 * MIB)
+    world.open("a", A)
+    request_id = world.want("a", A, 0, 1)
+    world.create_done(world.creations[0])
+    for _ in range(RetryPolicy().max_attempts - 1):
+        world.fetch_done(world.fetches[0], OriginUnavailable("away"))
+        assert not world.fetches and request_id not in world.answers
+        deadline_s = world.machine.next_deadline_s()
+        assert deadline_s is not None
+        world.pass_time(deadline_s - world.now)
+    world.fetch_done(world.fetches[0], OriginUnavailable("away"))
+    assert isinstance(world.answers[request_id].error, OriginUnavailable)
+    assert world.machine.next_deadline_s() is None
+
+
+def test_a_disk_that_refuses_files_is_left_in_peace_for_a_while() -> None:
+    world = World(100 * MIB)
+    for object_id in (A, B):
+        world.open("a", object_id)
+    first = world.want("a", A, 0, 3)
+    world.create_done(world.creations[0], CapacityError("disk full"))
+    second = world.want("a", B, 0, 3)
+    assert str(world.answers[first].error) == str(world.answers[second].error) == "disk full"
+    assert not world.creations and not world.files
+    world.pass_time(DISK_PAUSE_S + COOLING_S)
+    world.want("a", B, 0, 3)
+    assert len(world.creations) == 1
+
+
+def test_a_smaller_capacity_is_reached_as_files_come_free() -> None:
+    world = World(100 * MIB)
+    for object_id in (A, B, C):
+        read(world, "a", object_id)
+    world.check("a", ExtentId(A.content_id, 0))
+    world.set_capacity(9 * MIB)
+    assert set(world.current) == {ExtentId(A.content_id, 0)}, "what can go goes, though it is not enough"
+    world.run_until_quiet()
+    assert world.files == {}
+
+
+def test_a_request_for_what_is_not_known_or_not_there_is_an_error_with_advice() -> None:
+    world = World(100 * MIB)
+    for object_id, end in ((A, 1), (A, 4)):
+        request_id = world.want("a", object_id, end - 1, end)
+        error = world.answers[request_id].error
+        assert error is not None and "open the object first" in error.advice
+        world.open("a", A)
+
+
+def test_time_does_not_go_back_even_if_the_clock_does() -> None:
+    world = World(100 * MIB)
+    world.open("a", A)
+    world.want("a", A, 0, 1)
+    world.create_done(world.creations[0])
+    world.now -= 50
+    world.fetch_done(world.fetches[0], OriginUnavailable("away"))
+    deadline_s = world.machine.next_deadline_s()
+    assert deadline_s is not None and deadline_s > 100.0
