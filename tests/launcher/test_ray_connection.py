@@ -111,7 +111,6 @@ def test_an_agent_that_has_not_begun_can_be_told_anything() -> None:
     """Commands may cross with a start that failed; they must not raise in the actor."""
     actor = AgentActor()
     actor.open_store(0)
-    actor.stop_attempt(0, 1.0)
     actor.close()
     assert actor.poll_events(0, 0.0) == []
     assert actor.poll_outputs(0, 0.0) == []
