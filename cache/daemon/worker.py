@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from cache.daemon import wire
 from cache.errors import CacheError, CapacityError, CorruptBlock, OriginUnavailable
-from cache.origin.registry import origin_for
+from cache.origin.registry import close_origins, origin_for
 from cache.store.files import block_is_sound, read_header, write_block
 from cache.store.format import HEADER_BYTES, ExtentHeader, decode_header
 
@@ -78,6 +78,7 @@ class Worker:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await close_origins()
 
     async def _answer(self, frame: wire.Frame) -> None:
         request = frame.header
