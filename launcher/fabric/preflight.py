@@ -125,16 +125,22 @@ def _typical(rates: Sequence[float]) -> float:
     return statistics.median(rates) if len(rates) >= 4 else max(rates)
 
 
-def outliers(typical: Mapping[int, float]) -> dict[int, str]:
-    """Those whose value is below SLOW of the median, and further from it than the others scatter (higher is better)."""
+def outliers(typical: Mapping[int, float], *, beyond_scatter: bool = False) -> dict[int, str]:
+    """Those whose value is below SLOW of the median (higher is better).
+
+    `beyond_scatter` asks for more where there is no second look: further from the median than three times the others scatter.
+    As a rule for suspicion that would let a half-rate node of a small, noisy gang pass.
+    """
     if len(typical) < 3:
         return {}
     middle = statistics.median(typical.values())
     if middle <= 0:
         return {}
-    scatter = statistics.median(abs(value - middle) for value in typical.values())
-    # 1.4826 makes the median deviation comparable to a standard deviation.
-    limit = min(SLOW * middle, middle - 3 * 1.4826 * scatter)
+    limit = SLOW * middle
+    if beyond_scatter:
+        scatter = statistics.median(abs(value - middle) for value in typical.values())
+        # 1.4826 makes the median deviation comparable to a standard deviation.
+        limit = min(limit, middle - 3 * 1.4826 * scatter)
     return {
         node: f"{_rate(value)}, the median node at {_rate(middle)} ({value / middle:.0%})"
         for node, value in typical.items()
@@ -367,7 +373,7 @@ def lookup_findings(problems: Mapping[tuple[int, int], str], hosts: Sequence[str
 def compute_findings(seconds: Mapping[int, float], hosts: Sequence[str], what: str) -> list[Finding]:
     """Nodes that took much longer than the median for the same work (`what`: "matmul", "memory copy")."""
     speeds = {node: 1.0 / value for node, value in seconds.items() if value > 0}
-    slow = outliers(speeds)
+    slow = outliers(speeds, beyond_scatter=True)
     middle = statistics.median(seconds.values()) if seconds else 0.0
     return [
         Finding(
