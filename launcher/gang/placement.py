@@ -44,7 +44,7 @@ class Waiting:
     shortfall: Shortfall
     change: Change | None
     for_growth: bool
-    """True: only an autoscaler can help. False: others' ending helps."""
+    """True: only more nodes can help. False: others' ending helps."""
     reason: str
     advice: str
     """The change and what it would do, in a sentence; empty if none helps."""
@@ -61,9 +61,12 @@ class Refusal:
 
 
 def place(
-    request: GangRequest, nodes: Sequence[NodeOffer], groups: Sequence[NodeGroup] = ()
+    request: GangRequest, nodes: Sequence[NodeOffer], groups: Sequence[NodeGroup] = (), *, may_join: bool = False
 ) -> Placement | Waiting | Refusal:
-    """Decide for a cluster as it is now; `groups` is what an autoscaler says it may add (empty: the cluster does not grow)."""
+    """Decide for a cluster as it is now; `groups` is what an autoscaler says it may add (empty: the cluster does not grow).
+
+    `may_join`: nodes that nobody has announced may still come (pods that are being pulled), so that nothing is refused for ever.
+    """
     bundle = request.bundle
     num_free = count_holding(bundle, nodes, View.FREE)
     if num_free >= request.min_nodes:
@@ -77,6 +80,8 @@ def place(
     growth = growth_room(bundle, nodes, groups)
     if growth is None or num_total + growth >= request.min_nodes:
         return _waiting_for_growth(request, nodes, num_total, growth)
+    if may_join:
+        return _waiting_for_nodes(request, nodes, num_total)
     return _refusal(request, nodes, num_total + growth, groups)
 
 
@@ -139,6 +144,18 @@ def _waiting_for_growth(
     )
     return Waiting(
         shortfall, change, for_growth=True, reason=reason, advice=_advice(change, "would fit without more nodes")
+    )
+
+
+def _waiting_for_nodes(request: GangRequest, nodes: Sequence[NodeOffer], num_total: int) -> Waiting:
+    shortfall = find_shortfall(request, nodes, View.TOTAL)
+    change = find_change(request, nodes, View.TOTAL)
+    reason = (
+        f"{describe_request(request)}; {num_total} of the {len(nodes)} node{plural(len(nodes))} that joined could hold it, and more pods may "
+        f"still be starting: {describe_shortfall(shortfall)}"
+    )
+    return Waiting(
+        shortfall, change, for_growth=True, reason=reason, advice=_advice(change, "would fit on what has joined")
     )
 
 

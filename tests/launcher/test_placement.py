@@ -217,6 +217,17 @@ def test_a_cluster_that_grows_waits_instead_of_refusing() -> None:
     assert "the autoscaler may add 3 more such nodes" in answer.reason
 
 
+def test_pods_that_may_still_join_are_waited_for_and_it_is_said() -> None:
+    """KubeRay starts the job when the head is ready: the workers are being pulled, and a refusal would be a lie."""
+    request = GangRequest(min_nodes=2, max_nodes=2, procs_per_node=2, per_proc={"CPU": 1})
+    head = NodeOffer("head", "head", {"CPU": 2}, {"CPU": 2})
+    assert isinstance(place(request, [head]), Refusal)
+    answer = place(request, [head], may_join=True)
+    assert isinstance(answer, Waiting)
+    assert "1 of the 1 node that joined could hold it, and more pods may still be starting" in answer.reason
+    assert isinstance(place(request, [head, replace(head, node_id="worker")], may_join=True), Placement)
+
+
 def test_growth_is_bounded_by_the_nodes_already_there() -> None:
     """A group of at most 4 with 1 there adds 3, so 5 will never be."""
     groups = [NodeGroup("gpu", {"GPU": 8}, 4)]

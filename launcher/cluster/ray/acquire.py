@@ -96,7 +96,12 @@ class Group:
             held = {bundle.node.node_id for bundle in there}
             free = [offer for offer in survey.offers() if offer.node_id not in held]
             missing = self._request.min_nodes - len(there)
-            answer = place(replace(self._request, min_nodes=missing, max_nodes=missing), free, survey.groups())
+            answer = place(
+                replace(self._request, min_nodes=missing, max_nodes=missing),
+                free,
+                survey.groups(),
+                may_join=survey.may_join(),
+            )
             if isinstance(answer, Refusal):
                 raise RequestRefused(f"nodes were lost and cannot be replaced: {answer.reason}", advice=answer.advice)
             self._wait_a_little(answer)
@@ -147,7 +152,7 @@ class Group:
         return bool(placement_group_table(self._group)["state"] == "CREATED")
 
     def _ask(self) -> Placement | Waiting:
-        answer = place(self._request, survey.offers(), survey.groups())
+        answer = place(self._request, survey.offers(), survey.groups(), may_join=survey.may_join())
         self._asked_s = time.monotonic()
         if isinstance(answer, Refusal):
             raise RequestRefused(answer.reason, advice=answer.advice or "`ray status` shows what the cluster has")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -64,6 +65,12 @@ def groups() -> tuple[NodeGroup, ...]:
         NodeGroup(group.name, dict(group.resources), group.max_count if group.max_count >= 0 else None)
         for group in config.node_group_configs
     )
+
+
+def may_join() -> bool:
+    """Whether nodes may still come that no autoscaler speaks of: KubeRay starts a job once the head is ready, and worker pods join as
+    they get their image. It marks the head's environment."""
+    return os.environ.get("RAY_USAGE_STATS_KUBERAY_IN_USE") == "1"
 
 
 def gang_request(spec: JobSpec) -> GangRequest:
