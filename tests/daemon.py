@@ -29,7 +29,9 @@ class CacheDaemon:
     Unix socket paths are limited to 107 bytes, so it lies directly below the temporary directory and not in pytest's.
     """
 
-    def __init__(self, *, capacity: str | int = "256MiB", options: tuple[str, ...] = (), dir: Path | None = None) -> None:
+    def __init__(
+        self, *, capacity: str | int = "256MiB", options: tuple[str, ...] = (), dir: Path | None = None
+    ) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="rh-")
         self.root = Path(self._folder.name)
         self.dir = dir or self.root / "cache"

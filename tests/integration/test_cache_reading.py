@@ -22,7 +22,17 @@ OpenCache = Callable[[str], Cache]
 def assert_reads_equal(obj: CachedObject, data: bytes, seed: int, num_reads: int = 60) -> None:
     """By every way of reading, at random places and at the edges of blocks, extents and the object."""
     rng = random.Random(seed)
-    edges = [0, 1, BLOCK_BYTES - 1, BLOCK_BYTES, BLOCK_BYTES + 1, EXTENT_BYTES - 1, EXTENT_BYTES, len(data) - 1, len(data)]
+    edges = [
+        0,
+        1,
+        BLOCK_BYTES - 1,
+        BLOCK_BYTES,
+        BLOCK_BYTES + 1,
+        EXTENT_BYTES - 1,
+        EXTENT_BYTES,
+        len(data) - 1,
+        len(data),
+    ]
     for _ in range(num_reads):
         offset = rng.choice([*edges, rng.randrange(len(data) + 2)])
         length = rng.choice([0, 1, 100, 70_000, BLOCK_BYTES + 3, rng.randrange(2 * BLOCK_BYTES)])
