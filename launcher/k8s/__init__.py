@@ -1,8 +1,18 @@
 """The same job on Kubernetes: a JobSpec and what only Kubernetes knows become manifests, which KubeRay runs.
 
-Pure: `options` (what can be asked for), `manifest` with `pods`, `cachepod`, `fabric`, `queues`, `extras` (job → objects), `rules*` and
-`releases` (objects → what the cluster would refuse, or worse, would not refuse), `phases` (objects that the cluster reports → one line).
-Shell: `flags` and `jobfile` (texts → options), `client` (the Kubernetes client is imported only there), `follow`, `commands`.
+Pure, importing `launcher.spec` and `launcher.errors` only:
+    options       KubeJob: the JobSpec, and what the cluster must know besides
+    quantity, names, releases     Kubernetes' numbers and names; KubeRay's fields by release
+    entrypoint    JobSpec → the command line that makes it again
+    fabric, queues, cachepod, pods, extras, schedule, manifest     KubeJob → objects
+    rules, rules_cluster, rules_pod, violation     objects → what the cluster would refuse, or take and never run
+    refusals, phases, logcursor     what the cluster answers → sentences, phases, new lines
+    jobfile, values     texts → entries and values
+Shell:
+    flags, request     flags and job files → KubeJob (the launcher's own flags are read by `launcher.options`)
+    upload        a folder of code → a zip in an object store
+    client        the API server; the Kubernetes client is imported only here
+    submission, follow, commands, helptext     what a person runs
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from launcher.k8s.helptext import help_text, lookup_help
 from launcher.k8s.manifest import Rendered, to_yaml
 from launcher.k8s.manifest import render as render_job
 from launcher.k8s.options import KubeJob
+from launcher.k8s.refusals import ApiRefused, explain
 from launcher.k8s.request import Request, cut, located, to_job, with_job_file
 from launcher.k8s.rules import check
 from launcher.k8s.upload import Package, pack, upload
@@ -129,7 +130,6 @@ def stop(argv: Sequence[str]) -> int:
     if request.wants_help:
         return _say(lookup_help("stop"))
     from launcher.k8s.client import Kube
-    from launcher.k8s.refusals import ApiRefused, explain
 
     kube = Kube(_text(request, "context"))
     namespace, name = _text(request, "namespace") or kube.namespace, _one(names, "stop")
@@ -153,7 +153,6 @@ def list_jobs(argv: Sequence[str]) -> int:
     from launcher.k8s.client import Kube
     from launcher.k8s.phases import phase_of
     from launcher.k8s.pods import JOB_LABEL
-    from launcher.k8s.refusals import ApiRefused, explain
 
     kube = Kube(_text(request, "context"))
     namespace = _text(request, "namespace") or kube.namespace
@@ -181,13 +180,25 @@ def list_jobs(argv: Sequence[str]) -> int:
     return _say("\n".join(f"{name:<48} {made:<21} {phase}" for name, made, phase in rows) or f"no jobs in {namespace}")
 
 
+def _explained(command: Callable[[Sequence[str]], int]) -> Callable[[Sequence[str]], int]:
+    """Refusals that no closer hand has put into words: a right to see pods or nodes that is missing, a server that went away."""
+
+    def run(argv: Sequence[str]) -> int:
+        try:
+            return command(argv)
+        except ApiRefused as refusal:
+            raise explain(refusal, "the cluster", "", "of the job") from refusal
+
+    return run
+
+
 COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {
     "render": render,
-    "submit": submit,
-    "status": status,
-    "logs": logs,
-    "stop": stop,
-    "list": list_jobs,
+    "submit": _explained(submit),
+    "status": _explained(status),
+    "logs": _explained(logs),
+    "stop": _explained(stop),
+    "list": _explained(list_jobs),
 }
 
 

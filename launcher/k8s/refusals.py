@@ -34,7 +34,7 @@ def explain(refusal: ApiRefused, kind: str, name: str, namespace: str) -> Launch
                 advice="log in again (kubectl get pods shows the same), or choose another --context",
             )
         case 403:
-            return _forbidden(refusal, subject, namespace)
+            return _forbidden(refusal, subject)
         case 404:
             return _not_found(refusal, kind, name, namespace)
         case 400 | 422:
@@ -52,7 +52,7 @@ def explain(refusal: ApiRefused, kind: str, name: str, namespace: str) -> Launch
     return RequestRefused(f"{subject}: the API server answered {refusal}", advice="kubectl may say more")
 
 
-def _forbidden(refusal: ApiRefused, subject: str, namespace: str) -> LauncherError:
+def _forbidden(refusal: ApiRefused, subject: str) -> LauncherError:
     if "exceeded quota" in refusal.message:
         found = re.search(r"exceeded quota: (\S+), requested: (.*), used: (.*), limited: (.*)", refusal.message)
         detail = (
@@ -68,9 +68,11 @@ def _forbidden(refusal: ApiRefused, subject: str, namespace: str) -> LauncherErr
             f"{subject} is forbidden: {refusal.message}", advice="an admission policy of the cluster decided this"
         )
     what = f"{found[2]}.{found[3]}" if found[3] else found[2]
+    place = re.search(r'in the namespace "([^"]+)"', refusal.message)
+    where, flag = (f" in namespace {place[1]}", f" -n {place[1]}") if place else ("", "")
     return RequestRefused(
-        f"you may not {found[1]} {what} in namespace {namespace}",
-        advice=f"check with: kubectl auth can-i {found[1]} {what} -n {namespace}; k8s/base/user-role.yaml has the rights that are needed",
+        f"you may not {found[1]} {what}{where}",
+        advice=f"check with: kubectl auth can-i {found[1]} {what}{flag}; k8s/base/user-role.yaml has the rights that are needed",
     )
 
 

@@ -49,6 +49,28 @@ def object_name(value: str) -> str:
     return value
 
 
+def pull_policy(value: str) -> str:
+    if value not in ("Always", "IfNotPresent", "Never"):
+        raise ValueError("Always, IfNotPresent or Never")
+    return value
+
+
+def release(value: str) -> str:
+    """
+    >>> release("v1.5.1")
+    '1.5.1'
+    """
+    if not re.fullmatch(r"v?\d+(\.\d+){1,2}", value):
+        raise ValueError("a version, like 1.5.1")
+    return value.removeprefix("v")
+
+
+def absolute_path(value: str) -> str:
+    if not value.startswith("/") or ".." in value.split("/") or value.rstrip("/") == "":
+        raise ValueError("an absolute path below the node's root, like /mnt/nvme/railhead")
+    return value.rstrip("/")
+
+
 def whole(value: str) -> int:
     try:
         number = int(value)

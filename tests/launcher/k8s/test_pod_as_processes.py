@@ -31,7 +31,7 @@ from launcher.k8s.manifest import render
 from launcher.k8s.request import cut, to_job, with_job_file
 from tests.launcher.k8s.jobs import ray_job
 
-pytestmark = [pytest.mark.ray, pytest.mark.e2e, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("ray"), pytest.mark.e2e, pytest.mark.timeout(240)]
 
 NOTE = 'it\'s $HOME; `id` && "two words"'
 REPOSITORY = Path(__file__).parents[3]

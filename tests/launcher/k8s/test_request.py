@@ -136,6 +136,10 @@ FLAG_MISTAKES = {
         "two files are called t.py",
     ),
     "an unset variable": ([*FLAGS, "--env", "NOPE", "t.py"], "NOPE is not set here"),
+    "a pull policy that is none": ([*FLAGS, "--image-pull-policy", "always", "t.py"], "Always, IfNotPresent or Never"),
+    "a version that is none": ([*FLAGS, "--ray-version", "latest", "t.py"], "a version, like 1.5.1"),
+    "a host path that is none": ([*FLAGS, "--cache-host-path", "cache", "t.py"], "an absolute path"),
+    "the node's root as a cache": ([*FLAGS, "--cache-host-path", "/", "t.py"], "an absolute path"),
     "a value missing at the end": ([*FLAGS, "--queue"], "needs a value"),
 }
 

@@ -222,6 +222,23 @@ def test_a_refusal_is_one_sentence_and_nothing_is_created(
     assert not server.objects
 
 
+@pytest.mark.parametrize(
+    ("resource", "argv"),
+    [("nodes", [*SUBMIT[:-1], "--fabric", "auto", "train.py"]), ("pods", SUBMIT), ("pods", ["list"])],
+)
+def test_a_missing_right_to_look_is_a_sentence_and_no_traceback(
+    server: FakeApiServer, capsys: pytest.CaptureFixture[str], resource: str, argv: list[str]
+) -> None:
+    server.fail(
+        "GET",
+        f"/{resource}",
+        code=403,
+        message=f'User "me" cannot list resource "{resource}" in API group "" at the cluster scope',
+    )
+    assert main(argv) == 69
+    assert f"you may not list {resource}\n" in capsys.readouterr().err
+
+
 def test_a_cluster_without_the_operator_is_told_apart(
     server: FakeApiServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
