@@ -17,6 +17,8 @@ torchrun's flags, in both spellings (--nproc-per-node, --nproc_per_node), and wh
 """
 
 _TAIL = """\
+On Kubernetes: python -m launcher render | submit | status | logs | stop | list, each with --help.
+
 Every flag can be given as a variable PET_<NAME>, like PET_NNODES=2; the command line wins.
 
 The command ends with 0 if and only if every rank ended with 0; else with the code of the rank that failed first (128 + number for a
