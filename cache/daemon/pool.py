@@ -13,12 +13,16 @@ import sys
 from typing import Any
 
 from cache.daemon import wire
-from cache.errors import OriginUnavailable, from_wire
+from cache.errors import CacheError, OriginUnavailable, from_wire
 
 log = logging.getLogger("railhead.cache")
 
 _PR_SET_PDEATHSIG = 1
 RECV_BYTES = 64 * 1024
+
+PING_EVERY_S = 5.0
+PING_TIMEOUT_S = 30.0
+"""A worker that writes to a busy disk may be away for seconds; half a minute is no longer work."""
 
 
 class WorkerProcess:
@@ -110,7 +114,11 @@ class WorkerPool:
     async def _keep(self, idx: int) -> None:
         while True:
             worker = self._workers[idx]
-            await asyncio.wait([worker.reader])
+            watching = asyncio.create_task(_watch(worker))
+            try:
+                await asyncio.wait([worker.reader])
+            finally:
+                watching.cancel()
             code = await asyncio.to_thread(worker.process.wait)
             log.warning("fetch worker %d ended (%s); starting another", worker.process.pid, _describe_exit(code))
             worker.close()
@@ -131,6 +139,20 @@ class WorkerPool:
             if worker.process.poll() is None:
                 worker.process.kill()
         await asyncio.gather(*ended, return_exceptions=True)
+
+
+async def _watch(worker: WorkerProcess) -> None:
+    """Ends a worker that no longer answers (stopped, or stuck in the kernel): what it has in hand is tried elsewhere."""
+    while True:
+        await asyncio.sleep(PING_EVERY_S)
+        try:
+            await asyncio.wait_for(worker.request({"op": "ping"}), PING_TIMEOUT_S)
+        except TimeoutError:
+            log.error("fetch worker %d has not answered for %g s: ending it", worker.process.pid, PING_TIMEOUT_S)
+            worker.process.kill()
+            return
+        except CacheError:
+            return  # It died; its keeper notices.
 
 
 def start_worker(sock: socket.socket, *, dies_with_parent: bool = True) -> subprocess.Popen[bytes]:

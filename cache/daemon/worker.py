@@ -9,6 +9,7 @@ read the origin directly (client/direct.py).
     read   {url, etag, start, end}                          → body
     fetch  {url, etag, start, end, path, slot, offset}      → {crc32c, seconds}     the block is in its file
     check  {path, slot, offset, length}                     → {is_sound}
+    ping   {}                                               → {}
     table  {path}                                           → {present}
 """
 
@@ -93,6 +94,9 @@ class Worker:
         async with self._send_lock:
             with contextlib.suppress(ConnectionError):
                 await asyncio.get_running_loop().sock_sendall(self._sock, message)
+
+    async def _op_ping(self, request: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
+        return {}, b""
 
     async def _op_head(self, request: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
         info = await origin_for(request["url"]).head(request["url"])
