@@ -98,6 +98,12 @@ class Cache:
             raise DaemonUnavailable(f"no cache daemon answers at {self.socket or '(no socket given)'}")
         return link.request(header)[0].header
 
+    def __enter__(self) -> Cache:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
     def close(self) -> None:
         """Gives the last account to the daemon and closes connections. Objects stay readable: they connect again."""
         self._door.close()

@@ -151,8 +151,8 @@ def _waiting_for_nodes(request: GangRequest, nodes: Sequence[NodeOffer], num_tot
     shortfall = find_shortfall(request, nodes, View.TOTAL)
     change = find_change(request, nodes, View.TOTAL)
     reason = (
-        f"{describe_request(request)}; {num_total} of the {len(nodes)} node{plural(len(nodes))} that joined could hold it, and more pods may "
-        f"still be starting: {describe_shortfall(shortfall)}"
+        f"{describe_request(request)}; {num_total} of the {len(nodes)} node{plural(len(nodes))} that joined could hold it, "
+        f"and more pods may still be starting: {describe_shortfall(shortfall)}"
     )
     return Waiting(
         shortfall, change, for_growth=True, reason=reason, advice=_advice(change, "would fit on what has joined")
