@@ -201,8 +201,8 @@ class Controller:
                 case StartRanks(plan=plan):
                     for node_id in plan.world.node_ids():
                         self._cluster.node(node_id).start_ranks(plan)
-                case StopAttempt(attempt=attempt, node_id=node_id, grace_s=grace_s):
-                    self._cluster.node(node_id).stop_attempt(attempt, grace_s)
+                case StopAttempt(attempt=attempt, node_id=node_id, grace_s=grace_s, signum=signum):
+                    self._cluster.node(node_id).stop_attempt(attempt, grace_s, signum)
                 case Announce(text=text):
                     self._console.say(text)
                 case ReportFailure(failure=failure, consequence=consequence):

@@ -40,9 +40,10 @@ class NodeHandle(Protocol):
         """Starts this node's ranks of the plan. Answered by RanksStarted or NodeFailed, later by a RankExited for each rank started."""
         ...
 
-    def stop_attempt(self, attempt: int, grace_s: float) -> None:
-        """Answered by exactly one AttemptEnded (after every RankExited), or NodeLost. A second call before that can only shorten the
-        grace. On the logs' road an OutputEnded follows, when all shown output of the attempt has been handed on."""
+    def stop_attempt(self, attempt: int, grace_s: float, signum: int) -> None:
+        """Sends `signum` to each rank's main process alone, after the grace SIGKILL to all that is left (0: at once, and no `signum`).
+        Answered by exactly one AttemptEnded (after every RankExited), or NodeLost. A second call before that sends no `signum` again, it
+        can only shorten the grace. On the logs' road an OutputEnded follows, when all shown output of the attempt has been handed on."""
         ...
 
 

@@ -285,7 +285,8 @@ class StartRanks:
 
 @dataclass(frozen=True)
 class StopAttempt:
-    """On this node, SIGTERM the attempt's ranks, after `grace_s` SIGKILL all that is left of it; again with a shorter grace: hurry.
+    """On this node, send `signum` to the attempt's ranks, after `grace_s` SIGKILL to all that is left of it; again with a shorter grace:
+    hurry. Without grace, SIGKILL is all that they get.
 
     Answered by exactly one AttemptEnded, also if the node never started anything.
     """
@@ -293,6 +294,8 @@ class StopAttempt:
     attempt: int
     node_id: str
     grace_s: float
+    signum: int
+    """What the launcher was sent itself, so that Ctrl-C is a KeyboardInterrupt in the script; SIGTERM after a failure."""
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,7 @@ from launcher.spec import RestartBudget
 STOP_MARGIN_S = 10.0
 """A node that has not ended an attempt this long after the grace is treated as lost."""
 _STORY_LENGTH = 60
+_SIGTERM, _SIGKILL = int(signal.SIGTERM), int(signal.SIGKILL)  # plain numbers, like what handlers are given
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ class Running:
                 succeeded = self.succeeded | {rank}
                 if len(succeeded) == _world(self.history).world_size:
                     stopping = Stopping(self.history, StopCause.SUCCESS, now + STOP_MARGIN_S)
-                    return stopping, _stop_actions(stopping, 0.0)
+                    return stopping, _kill_actions(stopping)
                 return replace(self, succeeded=succeeded), ()
             case RankExited() | NodeFailed() | NodeLost():
                 num_running = _world(self.history).world_size - len(self.succeeded)
@@ -176,7 +177,7 @@ class Stopping:
                 interrupted_by = signum if self.interrupted_by is None else self.interrupted_by
                 deadline_s = min(self.deadline_s, now + STOP_MARGIN_S)
                 hurried = replace(self, interrupted_by=interrupted_by, deadline_s=deadline_s)
-                return hurried, (Announce("killing what is left at once"), *_stop_actions(hurried, 0.0))
+                return hurried, (Announce("killing what is left at once"), *_kill_actions(hurried))
             case Tick() if now >= self.deadline_s:
                 return self._give_up_on_silent_nodes(now)
             case RankExited() | RanksStarted() | StoreOpened() | Tick():
@@ -302,9 +303,20 @@ def _open_store(history: History, now: float) -> Move:
     return OpeningStore(history), (OpenStore(history.attempt, _world(history).nodes[0].node_id),)
 
 
-def _stop_actions(stopping: Stopping, grace_s: float) -> Sequence[Action]:
+def _stop_actions(stopping: Stopping, signum: int) -> Sequence[Action]:
+    """With the grace that the user gave."""
+    attempt, grace_s = stopping.history.attempt, stopping.history.rules.grace_s
+    return tuple(StopAttempt(attempt, node_id, grace_s, signum) for node_id in stopping.waiting_for())
+
+
+def _kill_actions(stopping: Stopping) -> Sequence[Action]:
     attempt = stopping.history.attempt
-    return tuple(StopAttempt(attempt, node_id, grace_s) for node_id in stopping.waiting_for())
+    return tuple(StopAttempt(attempt, node_id, 0.0, _SIGKILL) for node_id in stopping.waiting_for())
+
+
+def _how_stopped(signum: int, grace_s: float) -> str:
+    """`SIGTERM, SIGKILL after 30 s`."""
+    return f"{signal.Signals(signum).name}, SIGKILL after {grace_s:g} s" if grace_s else "SIGKILL"
 
 
 def _stop_failed(history: History, failure: Failure, now: float, num_others: int) -> Move:
@@ -313,19 +325,19 @@ def _stop_failed(history: History, failure: Failure, now: float, num_others: int
     lost = frozenset({failure.node_id}) if isinstance(failure, NodeLost) else frozenset()
     deadline_s = now + grace_s + STOP_MARGIN_S
     stopping = Stopping(history, StopCause.FAILURE, deadline_s, (failure,), lost=lost)
-    grace = f"SIGTERM, SIGKILL after {grace_s:g} s" if grace_s else "SIGKILL"
+    grace = _how_stopped(_SIGTERM, grace_s)
     others = {0: "", 1: f"stopping the other rank ({grace})"}
     consequence = others.get(num_others, f"stopping the other {num_others} ranks ({grace})")
     after, more = _conclude_if_over(stopping, now)
-    return after, (ReportFailure(history.attempt, failure, consequence), *_stop_actions(stopping, grace_s), *more)
+    return after, (ReportFailure(history.attempt, failure, consequence), *_stop_actions(stopping, _SIGTERM), *more)
 
 
 def _stop_interrupted(history: History, signum: int, now: float) -> Move:
     grace_s = history.rules.grace_s
     stopping = Stopping(history, StopCause.SIGNAL, now + grace_s + STOP_MARGIN_S, interrupted_by=signum)
     name = signal.Signals(signum).name
-    told = Announce(f"{name}: stopping all ranks (SIGTERM, SIGKILL after {grace_s:g} s; a second signal kills at once)")
-    return stopping, (told, *_stop_actions(stopping, grace_s))
+    told = Announce(f"{name}: stopping all ranks ({_how_stopped(signum, grace_s)}; a second signal kills at once)")
+    return stopping, (told, *_stop_actions(stopping, signum))
 
 
 def _conclude_if_over(stopping: Stopping, now: float) -> Move:

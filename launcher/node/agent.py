@@ -12,6 +12,7 @@ import collections
 import contextlib
 import os
 import selectors
+import signal
 import threading
 import time
 import traceback
@@ -103,9 +104,10 @@ class NodeAgent:
 
         self._post(lambda: self._begin(plan.attempt, start))
 
-    def stop_attempt(self, attempt: int, grace_s: float) -> None:
-        """TERM, grace, KILL. Answered by exactly one AttemptEnded, when nothing of the attempt is alive here and all output is out."""
-        self._post(lambda: self._stop(attempt, grace_s))
+    def stop_attempt(self, attempt: int, grace_s: float, signum: int) -> None:
+        """The signal, grace, SIGKILL. Answered by exactly one AttemptEnded, when nothing of the attempt is alive here; its last output
+        may come later, behind a slow terminal."""
+        self._post(lambda: self._stop(attempt, grace_s, signum))
 
     def close(self) -> None:
         """Kills what is left of any attempt, drains the cache daemon (2 s), ends the threads. Blocks at most some seconds; idempotent."""
@@ -224,9 +226,9 @@ class NodeAgent:
             )
         then(self._attempt)
 
-    def _stop(self, attempt: int, grace_s: float) -> None:
+    def _stop(self, attempt: int, grace_s: float, signum: int) -> None:
         if self._attempt is not None and self._attempt.number == attempt:
-            self._attempt.stop(grace_s)
+            self._attempt.stop(grace_s, signum)
         elif attempt not in self._ended:  # it never began here
             self._ended.add(attempt)
             self._on_event(AttemptEnded(attempt, self._node.node_id))
@@ -275,7 +277,7 @@ class NodeAgent:
     def _begin_closing(self) -> None:
         self._is_closing = True
         if self._attempt is not None:
-            self._attempt.stop(0.0)
+            self._attempt.stop(0.0, signal.SIGKILL)
         if self._cache is not None and self._cache.is_over:
             self._forget_cache(self._cache)
         elif self._cache is not None:

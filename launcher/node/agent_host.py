@@ -76,6 +76,8 @@ def main() -> None:
     # The parent says when to stop; a Ctrl-C in a terminal that started the node is not meant for us.
     # (A handler, not SIG_IGN, which the ranks would inherit.)
     signal.signal(signal.SIGINT, lambda *_: None)
+    # Ray blocks SIGINT in its processes, and ranks would inherit that: no KeyboardInterrupt would ever come.
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
     host = AgentHost(Connection(int(sys.argv[1])), Connection(int(sys.argv[2])))
     host.serve()
     # Threads that still wait for a reader of output would keep us.

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,10 +106,10 @@ class GuardedProcess:
     def guardian_pid(self) -> int:
         return self._guardian.pid
 
-    def stop(self, grace_s: float) -> None:
-        """SIGTERM to the process, after `grace_s` SIGKILL to all that is left; grace 0 kills at once. May be repeated to hurry."""
+    def stop(self, grace_s: float, signum: int = signal.SIGTERM) -> None:
+        """`signum` to the process, after `grace_s` SIGKILL to all that is left; grace 0 kills at once. May be repeated to hurry."""
         if not self.is_gone:
-            self._send({"stop": grace_s})
+            self._send({"stop": grace_s, "signum": signum})
 
     def read(self) -> list[Report]:
         """What the guardian has reported since the last call; to be called when `socket` is readable."""
@@ -145,9 +147,6 @@ class GuardedProcess:
                 return Gone()
 
     def _guardian_died(self) -> list[Report]:
-        import signal
-        import time
-
         self.is_gone = True
         reports: list[Report] = []
         if self.status is None:

@@ -12,7 +12,7 @@ How each death is handled:
 - the guardian dies: the kernel sends the process SIGKILL (PR_SET_PDEATHSIG), and its descendants fall to the agent,
   which is a subreaper too.
 
-It speaks JSON lines on FD. In: the job, then `{"stop": grace_s}`. Out: `started` or `failed`, then `exited`, then `gone`.
+It speaks JSON lines on FD. In: the job, then `{"stop": grace_s, "signum": n}`. Out: `started` or `failed`, then `exited`, then `gone`.
 """
 
 from __future__ import annotations
@@ -164,14 +164,15 @@ class Guardian:
             return False
         *lines, self.received = (self.received + data).split(b"\n")
         for line in lines:
-            self._stop(float(json.loads(line)["stop"]))
+            message = json.loads(line)
+            self._stop(float(message["stop"]), int(message["signum"]))
         return bool(data)
 
-    def _stop(self, grace_s: float) -> None:
-        """SIGTERM goes to the process alone: it may want to end its children itself (data loaders, a checkpoint writer)."""
+    def _stop(self, grace_s: float, signum: int) -> None:
+        """The signal goes to the process alone, and once: it may want to end its children itself (data loaders, a checkpoint writer)."""
         kill_at = time.monotonic() + grace_s
         if self.kill_at is None and self.is_alive and grace_s > 0:
-            signal_all([self.pid], signal.SIGTERM)
+            signal_all([self.pid], signum)
         self.kill_at = kill_at if self.kill_at is None else min(self.kill_at, kill_at)
 
     def _start(self, job: dict[str, Any]) -> None:

@@ -105,10 +105,10 @@ class NodeAttempt:
         except (NodeError, OSError) as error:
             self._fail(f"rank {member.rank} could not be started: {error}")
 
-    def stop(self, grace_s: float) -> None:
+    def stop(self, grace_s: float, signum: int) -> None:
         self._is_stopping = True
         for process in self._ranks.values():
-            process.stop(grace_s)
+            process.stop(grace_s, signum)
         self._check_over()
 
     def strays_are_gone(self) -> None:

@@ -7,6 +7,7 @@ that each house turns into something that its cluster can run.
 from __future__ import annotations
 
 import queue
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -131,9 +132,11 @@ class House:
         self.sink.wait_for(RanksStarted, len(world.nodes) * (attempt + 1))
         return plan
 
-    def stop(self, world: World, attempt: int = 0, grace_s: float = 30.0) -> None:
+    def stop(
+        self, world: World, attempt: int = 0, grace_s: float = 30.0, signum: signal.Signals = signal.SIGTERM
+    ) -> None:
         for node_id in world.node_ids():
-            self.cluster.node(node_id).stop_attempt(attempt, grace_s)
+            self.cluster.node(node_id).stop_attempt(attempt, grace_s, signum)
 
     def ended(self, attempt: int = 0) -> list[str]:
         return sorted(event.node_id for event in self.sink.of(AttemptEnded) if event.attempt == attempt)
@@ -177,6 +180,19 @@ class ClusterContract:
             assert ends == [RankExited, RankExited, AttemptEnded]
         assert kinds.count(AttemptEnded) == house.num_nodes
         assert {event.status for event in house.sink.of(RankExited)} == {ExitStatus(signum=15)}
+
+    def test_ranks_get_the_signal_that_was_asked_for(self, house: House) -> None:
+        """Ctrl-C shall be a KeyboardInterrupt on every node, also where the cluster's own processes block SIGINT, as Ray's do."""
+        world = house.begin("wait")
+        house.start(world)
+        if house.is_real:
+            house.sink.wait_for_output(b"ready\n", world.world_size)
+        house.stop(world, signum=signal.SIGINT)
+        house.sink.wait_for(AttemptEnded, house.num_nodes)
+        assert {event.status for event in house.sink.of(RankExited)} == {ExitStatus(signum=signal.SIGINT)}
+        if house.is_real:
+            exceptions = [event.exception for event in house.sink.of(RankExited)]
+            assert {exception.type_name for exception in exceptions if exception} == {"KeyboardInterrupt"}
 
     def test_ranks_that_ignore_sigterm_are_killed_when_hurried(self, house: House) -> None:
         world = house.begin("stubborn")

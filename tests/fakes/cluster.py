@@ -1,7 +1,7 @@
 """A cluster in memory: nodes and ranks are entries in a table, and every answer comes within the call that asked for it.
 
 It passes tests/contracts/cluster_contract.py like the real ones, so what the controller does on it, it does on them. Ranks behave as the
-program's target says: `succeed`, `fail N`, `die SIGNUM`, `print TEXT` (and end with 0), `wait` (until SIGTERM), `stubborn` (until
+program's target says: `succeed`, `fail N`, `die SIGNUM`, `print TEXT` (and end with 0), `wait` (until a signal), `stubborn` (until
 SIGKILL). A `behave` callable may say something else for each attempt and rank.
 """
 
@@ -76,15 +76,15 @@ class FakeNode:
         for rank, (_, _, behaviour) in sorted(self._alive.items()):
             self._run(rank, behaviour)
 
-    def stop_attempt(self, attempt: int, grace_s: float) -> None:
-        self.commands.append(f"stop_attempt {attempt} {grace_s:g}")
+    def stop_attempt(self, attempt: int, grace_s: float, signum: int) -> None:
+        self.commands.append(f"stop_attempt {attempt} {grace_s:g} {signal.Signals(signum).name}")
         if not self._answers() or attempt in self._ended:
             return
         for rank, (_, _, behaviour) in sorted(self._alive.items()):
             if grace_s == 0:
                 self.exit(rank, ExitStatus(signum=int(signal.SIGKILL)))
             elif behaviour != "stubborn":
-                self.exit(rank, ExitStatus(signum=int(signal.SIGTERM)))
+                self.exit(rank, ExitStatus(signum=int(signum)))
         if not self._alive:
             self._ended.add(attempt)
             self._has_store = False

@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 import os
+import signal
+import socket
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 
 from launcher.cluster.local import LocalCluster
-from launcher.gang.events import AttemptEnded, CacheFailed, NodeFailed, NodeLost, Notice, OutputEnded, RankExited
+from launcher.gang.events import (
+    AttemptEnded,
+    AttemptPlan,
+    CacheFailed,
+    ExitStatus,
+    NodeFailed,
+    NodeLost,
+    Notice,
+    OutputEnded,
+    RankExited,
+    StoreAddress,
+)
+from launcher.gang.world import NodeInfo, arrange
 from launcher.node import agent, cache_child
 from launcher.node.node_attempt import NodeAttempt
 from launcher.spec import CacheOptions
@@ -35,7 +51,7 @@ def test_a_fault_in_the_agent_loses_the_node_and_leaves_nobody_alive(
     guardians = [Process.of(pid) for pid in children_of(os.getpid()) if "guardian.py" in _command(pid)]
     ranks = [Process.of(child) for guardian in guardians for child in children_of(guardian.pid)]
     assert len(ranks) == 3, "two ranks and the store's host"
-    monkeypatch.setattr(NodeAttempt, "stop", lambda self, grace_s: 1 // 0)
+    monkeypatch.setattr(NodeAttempt, "stop", lambda self, grace_s, signum: 1 // 0)
     house.stop(world)
     lost = house.sink.wait_for(NodeLost)[0]
     assert "ZeroDivisionError" in lost.reason
@@ -56,16 +72,14 @@ def test_commands_that_come_after_an_attempt_was_ended_start_nothing(house: Hous
     """Stop overtakes start when a signal comes while nodes are told to begin."""
     world = house.begin("wait")
     node = house.cluster.node(world.nodes[0].node_id)
-    node.stop_attempt(0, 0.0)
+    node.stop_attempt(0, 0.0, signal.SIGKILL)
     node.open_store(0)
-    node.stop_attempt(0, 0.0)
+    node.stop_attempt(0, 0.0, signal.SIGKILL)
     house.sink.wait_for(OutputEnded)
     assert [type(event) for event in house.sink.events[1:]] == [AttemptEnded]
 
 
 def test_a_port_that_is_taken_fails_the_attempt_with_its_reason(house: House) -> None:
-    import socket
-
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -126,3 +140,34 @@ def test_a_machine_whose_agent_was_lost_gets_a_new_one(house: House, monkeypatch
     house.cluster.acquire(())
     house.start(world)
     house.sink.wait_for(RankExited, 2)
+
+
+def test_ranks_below_a_parent_that_blocks_sigint_are_interrupted_all_the_same(tmp_path: Path) -> None:
+    """Ray blocks SIGINT in its workers. Inherited, that would make a Ctrl-C wait for the whole grace."""
+    house = House(lambda: LocalCluster(1), tmp_path, 1)
+    node = NodeInfo("n", "n", "127.0.0.1", 2)
+    ours, theirs = socket.socketpair()
+    outputs, their_outputs = socket.socketpair()
+    fds = (theirs.fileno(), their_outputs.fileno())
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        command = [sys.executable, "-P", "-m", "launcher.node.agent_host", *map(str, fds)]
+        host = subprocess.Popen(command, pass_fds=fds, start_new_session=True)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        theirs.close()
+        their_outputs.close()
+    with Connection(ours.detach()) as control, outputs:
+        control.send(("begin", (node, house.spec("wait"), str(house.run_dir), dict(os.environ))))
+        control.send(("start_ranks", (AttemptPlan(0, arrange([node]), StoreAddress("127.0.0.1", 1)),)))
+        ready = [house.run_dir / "attempt_0" / f"rank_{rank}" / "stdout.log" for rank in range(2)]
+        wait_until(lambda: all(log.exists() and log.read_text() == "ready\n" for log in ready), "both ranks to run")
+        control.send(("stop_attempt", (0, 3600.0, int(signal.SIGINT))))
+        events = []
+        while not (events and isinstance(events[-1], AttemptEnded)):
+            assert control.poll(30), events
+            events.append(control.recv())
+        control.send(("close", ()))
+        host.wait(30)
+    ends = [event.status for event in events if isinstance(event, RankExited)]
+    assert ends == [ExitStatus(signum=signal.SIGINT)] * 2

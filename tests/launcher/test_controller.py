@@ -92,7 +92,7 @@ def test_all_nodes_are_told_to_start_before_any_has_failed(tmp_path: Path) -> No
     assert job.run() == EXIT_NODE_LOST
     for node in job.cluster.nodes.values():
         assert "start_ranks 0" in node.commands
-        assert node.commands[-1] == "stop_attempt 0 30"
+        assert node.commands[-1] == "stop_attempt 0 30 SIGTERM"
         assert not node.alive_ranks
 
 
@@ -124,7 +124,7 @@ def test_a_failed_attempt_is_followed_by_a_good_one(tmp_path: Path) -> None:
     opened = [entry.fields["address"]["port"] for entry in job.entries() if entry.kind == "StoreOpened"]
     assert len(set(opened)) == 2, "each attempt has a store of its own"
     first = job.cluster.nodes["node0"].commands
-    assert first[:4] == ["open_store 0", "start_ranks 0", "stop_attempt 0 30", "open_store 1"]
+    assert first[:4] == ["open_store 0", "start_ranks 0", "stop_attempt 0 30 SIGTERM", "open_store 1"]
 
 
 def test_a_lost_node_ends_the_attempt_and_a_new_one_takes_its_place(tmp_path: Path) -> None:

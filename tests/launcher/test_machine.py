@@ -41,7 +41,7 @@ from launcher.gang.machine import BackingOff, Ended, OpeningStore, Placing, Rule
 from launcher.gang.world import NodeInfo, World
 from launcher.spec import RestartBudget
 
-SIGTERM, SIGKILL, SIGINT = 15, 9, 2
+SIGTERM, SIGKILL, SIGINT, SIGUSR1 = 15, 9, 2, 10
 
 
 def node(name: str, num_ranks: int = 2) -> NodeInfo:
@@ -73,6 +73,7 @@ class Outside:
     plan: AttemptPlan | None = None
     good_ranks: set[int] = field(default_factory=set)
     old_facts: list[Fact] = field(default_factory=list)
+    latest: Fact | None = None
     was_cut_short: bool = False
     """A signal came or a node was lost before every rank had ended with 0."""
 
@@ -98,7 +99,13 @@ class Outside:
                 assert not any(self.alive.values())
                 self.plan = plan
                 self.alive = {n: {m.rank for m in plan.world.members_of(n)} for n in plan.world.node_ids()}
-            case StopAttempt(attempt=attempt, node_id=node_id):
+            case StopAttempt(attempt=attempt, node_id=node_id, grace_s=grace_s, signum=signum):
+                if grace_s > 0:
+                    assert node_id not in self.told_to_stop, "a rank is sent a second signal that is not SIGKILL"
+                    heard = self.latest.signum if isinstance(self.latest, StopRequested) else SIGTERM
+                    assert signum == heard, "ranks are not sent what the launcher was sent"
+                else:
+                    assert signum == SIGKILL
                 self.told_to_stop[node_id] = attempt
             case Finish(exit_code=exit_code):
                 assert not self.running, "the job ends while an attempt is alive"
@@ -114,6 +121,7 @@ class Outside:
     def feed(self, fact: Fact) -> None:
         self.now += 0.01
         self.old_facts.append(fact)
+        self.latest = fact
         if isinstance(fact, StopRequested | NodeLost) and not self.all_good:
             self.was_cut_short = True
         self.state, actions = machine.step(self.state, fact, self.now)
@@ -121,7 +129,7 @@ class Outside:
 
     def possible(self) -> list[Callable[[], Fact]]:
         """What may happen now; the ordinary more often, or no attempt would ever get far."""
-        found: list[Callable[[], Fact]] = [lambda: StopRequested(SIGINT), Tick]
+        found: list[Callable[[], Fact]] = [self.stop_requested, Tick]
         if self.old_facts:
             found.append(lambda: self._stale())
         if self.asked_for_nodes:
@@ -142,6 +150,9 @@ class Outside:
         if attempt is None or attempt >= self.state.history.attempt:
             return Tick()
         return fact  # type: ignore[return-value]
+
+    def stop_requested(self) -> Fact:
+        return StopRequested(self.draw(st.sampled_from([SIGINT, SIGTERM, SIGUSR1])))  # type: ignore[arg-type]
 
     def nodes_ready(self) -> Fact:
         while len(self.held) < self.num_nodes:
@@ -279,7 +290,8 @@ def test_the_exit_code_is_that_of_the_rank_that_failed(status: ExitStatus, exit_
     plan = scene.run()
     actions = scene.feed(rank_exited(plan, 2, status))
     assert isinstance(actions[0], ReportFailure), "the failure is told before anything else"
-    assert {(a.node_id, a.grace_s) for a in actions if isinstance(a, StopAttempt)} == {("0", 30.0), ("1", 30.0)}
+    stops = [action for action in actions if isinstance(action, StopAttempt)]
+    assert stops == [StopAttempt(0, "0", 30.0, SIGTERM), StopAttempt(0, "1", 30.0, SIGTERM)]
     scene.feed(rank_exited(plan, 0, ExitStatus(signum=SIGTERM)), rank_exited(plan, 1, ExitStatus(code=77)))
     scene.end_attempt()
     assert scene.only(Finish).exit_code == exit_code  # type: ignore[attr-defined]
@@ -349,17 +361,19 @@ def test_attempts_that_fail_at_once_wait_longer_and_longer() -> None:
     assert delays == [0.5, 1.0, 2.0]
 
 
-def test_an_interrupt_stops_with_grace_and_a_second_one_kills() -> None:
+@pytest.mark.parametrize(("signum", "exit_code"), [(SIGINT, 130), (SIGTERM, 143), (SIGUSR1, 138)])
+def test_an_interrupt_is_handed_on_with_grace_and_a_second_one_kills(signum: int, exit_code: int) -> None:
+    """As under torchrun, so that Ctrl-C is a KeyboardInterrupt in the script."""
     scene = Scene(max_restarts=3)
     plan = scene.run()
-    graces = [action.grace_s for action in scene.feed(StopRequested(SIGINT)) if isinstance(action, StopAttempt)]
-    assert graces == [30.0, 30.0]
-    graces = [action.grace_s for action in scene.feed(StopRequested(SIGINT)) if isinstance(action, StopAttempt)]
-    assert graces == [0.0, 0.0]
+    stops = [action for action in scene.feed(StopRequested(signum)) if isinstance(action, StopAttempt)]
+    assert stops == [StopAttempt(0, "0", 30.0, signum), StopAttempt(0, "1", 30.0, signum)]
+    stops = [action for action in scene.feed(StopRequested(SIGTERM)) if isinstance(action, StopAttempt)]
+    assert stops == [StopAttempt(0, "0", 0.0, SIGKILL), StopAttempt(0, "1", 0.0, SIGKILL)]
     for rank in range(4):
         scene.feed(rank_exited(plan, rank, ExitStatus(signum=SIGKILL)))
     scene.end_attempt()
-    assert scene.only(Finish) == Finish(130, "stopped by SIGINT")
+    assert scene.only(Finish).exit_code == exit_code  # type: ignore[attr-defined]
 
 
 def test_sigterm_is_143_even_if_every_rank_then_ends_with_zero() -> None:

@@ -1,43 +1,109 @@
-"""Stopping from outside: SIGINT and SIGTERM to the launcher reach every rank once, with grace; a second one does not wait."""
+"""Stopping from outside: the signal that the launcher is sent reaches every rank once, with grace; a second one does not wait."""
 
 from __future__ import annotations
 
+import os
 import signal
 from pathlib import Path
 
 import pytest
 
-from tests.launcher.launched import launch, wait_until
+from tests.launcher.launched import Launched, launch, wait_until
 
 POLITE = """
 import os, signal, sys, time
 rank = os.environ["RANK"]
 def leave(signum, frame):
-    open(f"saved.{rank}", "w").close()
+    open(f"saved.{rank}", "w").write(signal.Signals(signum).name)
     sys.exit(0)
-signal.signal(signal.SIGTERM, leave)
+for name in ("SIGTERM", "SIGHUP", "SIGUSR1"): signal.signal(signal.Signals[name], leave)
 open(f"ready.{rank}", "w").close()
 time.sleep(600)
 """
 STUBBORN = """
 import os, signal, time
-signal.signal(signal.SIGTERM, lambda *_: open("asked." + os.environ["RANK"], "w").close())
+rank = os.environ["RANK"]
+def stay(signum, frame):
+    with open(f"heard.{rank}", "a") as file: file.write(signal.Signals(signum).name + " ")
+    open(f"asked.{rank}", "w").close()
+signal.signal(signal.SIGTERM, stay)
+signal.signal(signal.SIGINT, stay)
 open("ready." + os.environ["RANK"], "w").close()
 while True: time.sleep(600)
 """
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_ranks_get_sigterm_and_time_to_save(tmp_path: Path, signum: signal.Signals) -> None:
-    with launch(tmp_path, POLITE, "--nproc-per-node", "2", "--max-restarts", "3") as launched:
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+def test_ranks_get_the_signal_that_the_launcher_was_sent_and_time_to_save(
+    tmp_path: Path, signum: signal.Signals
+) -> None:
+    """As under torchrun: Slurm's `--signal=USR1@60` becomes a checkpoint in the script."""
+    options = ["--nproc-per-node", "2", "--max-restarts", "3"]
+    if signum == signal.SIGUSR1:
+        options += ["--signals-to-handle", "SIGTERM,SIGUSR1"]
+    with launch(tmp_path, POLITE, *options) as launched:
         launched.wait_for_file("ready.0", "ready.1")
         launched.process.send_signal(signum)
         code, _, err = launched.finish()
     assert code == 128 + signum
+    assert [(tmp_path / f"saved.{rank}").read_text() for rank in range(2)] == [signum.name, signum.name]
+    assert f"{signum.name}: stopping all ranks ({signum.name}, SIGKILL after 30 s" in err
+    assert f"exit code {code}: stopped by {signum.name}" in err
+
+
+def test_sigint_is_a_keyboard_interrupt_in_the_script(tmp_path: Path) -> None:
+    """Scripts save in `except KeyboardInterrupt`; torchrun's users are used to it."""
+    script = """
+import os, time
+rank = os.environ["RANK"]
+try:
+    open(f"ready.{rank}", "w").close()
+    time.sleep(600)
+except KeyboardInterrupt:
+    open(f"saved.{rank}", "w").close()
+    if rank == "1": raise
+"""
+    with launch(tmp_path, script, "--nproc-per-node", "2") as launched:
+        launched.wait_for_file("ready.0", "ready.1")
+        launched.process.send_signal(signal.SIGINT)
+        code, _, err = launched.finish()
+        ends = {entry.fields["rank"]: entry.fields["status"] for entry in launched.journal("RankExited")}
+    assert code == 130
     assert (tmp_path / "saved.0").exists()
     assert (tmp_path / "saved.1").exists()
-    assert f"{signum.name}: stopping all ranks (SIGTERM, SIGKILL after 30 s" in err
-    assert f"exit code {code}: stopped by {signum.name}" in err
+    assert ends == {0: {"code": 0, "signum": None}, 1: {"code": None, "signum": 2}}
+    assert "failed" not in err, "whoever is told to stop has not failed"
+
+
+def test_ctrl_c_on_a_terminal_reaches_ranks_from_us_alone(tmp_path: Path) -> None:
+    """A terminal signals all of its foreground group. Ranks are not in it, or they would be interrupted twice: once in their clean-up.
+
+    The sender is what tells: 0 is the kernel, for the terminal, and it would be the first.
+    """
+    script = """
+import os, signal
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+open("ready", "w").close()
+print("from the guardian:", signal.sigwaitinfo([signal.SIGINT]).si_pid == os.getppid())
+"""
+    (tmp_path / "train.py").write_text(script)
+    terminal_fd, tty_fd = os.openpty()
+    # The leader of a session without a terminal gets the first one that it opens.
+    on_terminal = f"""
+import os, runpy
+os.open({os.ttyname(tty_fd)!r}, os.O_RDWR)
+runpy.run_module("launcher", run_name="__main__", alter_sys=True)
+"""
+    try:
+        with Launched(tmp_path, "train.py", program=("-c", on_terminal)) as launched:
+            launched.wait_for_file("ready")
+            os.write(terminal_fd, b"\x03")
+            code, out, _ = launched.finish()
+    finally:
+        os.close(terminal_fd)
+        os.close(tty_fd)
+    assert code == 130
+    assert out == "[rank0] from the guardian: True\n"
 
 
 def test_a_second_signal_kills_at_once(tmp_path: Path) -> None:
@@ -48,6 +114,7 @@ def test_a_second_signal_kills_at_once(tmp_path: Path) -> None:
         launched.process.send_signal(signal.SIGINT)
         code, _, err = launched.finish()
     assert code == 130
+    assert [(tmp_path / f"heard.{rank}").read_text() for rank in range(2)] == ["SIGINT ", "SIGINT "]
     assert "killing what is left at once" in err
 
 
@@ -61,7 +128,7 @@ def test_ranks_that_ignore_sigterm_are_killed_after_the_grace(tmp_path: Path) ->
         assert [entry.fields["status"]["signum"] for entry in launched.journal("RankExited")] == [9]
 
 
-def test_only_the_main_process_of_a_rank_gets_sigterm(tmp_path: Path) -> None:
+def test_only_the_main_process_of_a_rank_gets_the_signal(tmp_path: Path) -> None:
     """Data loaders that die of our SIGTERM take the emergency checkpoint with them."""
     script = """
 import os, signal, subprocess, sys, time
@@ -105,8 +172,6 @@ for line in open("/proc/self/status"):
     command = ["--no-python", "sh", "-c", "grep -E 'SigBlk|SigIgn' /proc/self/status"]
     with launch(tmp_path, script) as launched:
         _, python_out, _ = launched.finish()
-    from tests.launcher.launched import Launched
-
     with Launched(tmp_path, *command) as launched:
         _, shell_out, _ = launched.finish()
     assert "SigBlk:\t0000000000000000" in python_out

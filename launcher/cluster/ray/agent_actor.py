@@ -91,8 +91,8 @@ class AgentActor:
     def start_ranks(self, plan: AttemptPlan) -> None:
         self._send("start_ranks", plan)
 
-    def stop_attempt(self, attempt: int, grace_s: float) -> None:
-        self._send("stop_attempt", attempt, grace_s)
+    def stop_attempt(self, attempt: int, grace_s: float, signum: int) -> None:
+        self._send("stop_attempt", attempt, grace_s, signum)
 
     def close(self) -> None:
         """Ends everything on this node; blocks until it is done."""

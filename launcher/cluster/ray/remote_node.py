@@ -47,8 +47,8 @@ class RemoteNode:
     def start_ranks(self, plan: AttemptPlan) -> None:
         self._tell("start_ranks", plan)
 
-    def stop_attempt(self, attempt: int, grace_s: float) -> None:
-        self._tell("stop_attempt", attempt, grace_s)
+    def stop_attempt(self, attempt: int, grace_s: float, signum: int) -> None:
+        self._tell("stop_attempt", attempt, grace_s, signum)
 
     def ask_to_close(self) -> Any:
         """Asks the agent to end everything; returns what `ray.wait` can wait for, or None. Nothing is delivered after this."""
