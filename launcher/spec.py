@@ -190,7 +190,7 @@ class JobSpec:
     virtual_local_rank: bool = False
     """Every rank sees LOCAL_RANK=0 and only its own GPU (`--virtual-local-rank`)."""
     shutdown_timeout_s: float = DEFAULT_SHUTDOWN_TIMEOUT_S
-    """Between SIGTERM and SIGKILL when ranks are stopped (torchrun's default)."""
+    """Between the signal to the ranks and SIGKILL (torchrun's default)."""
     place_timeout_s: float = DEFAULT_PLACE_TIMEOUT_S
     """How long to wait for resources that may still come (an autoscaler, another job's end). What can never fit is refused at once."""
     signals_to_handle: tuple[str, ...] = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")

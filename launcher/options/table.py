@@ -112,13 +112,13 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "shutdown-timeout",
         FAILURE,
-        f"Time between SIGTERM and SIGKILL when ranks are stopped. [TORCH_ELASTIC_SHUTDOWN_TIMEOUT, else {DEFAULT_SHUTDOWN_TIMEOUT_S:g}]",
+        f"Time that stopped ranks have until SIGKILL. [TORCH_ELASTIC_SHUTDOWN_TIMEOUT, else {DEFAULT_SHUTDOWN_TIMEOUT_S:g}]",
         "SECONDS",
     ),
     Option(
         "signals-to-handle",
         FAILURE,
-        "Signals on which the ranks are stopped. [SIGTERM,SIGINT,SIGHUP,SIGQUIT]",
+        "Signals that stop the job; ranks get the same one. [SIGTERM,SIGINT,SIGHUP,SIGQUIT]",
         "NAME,…",
     ),
     Option("log-dir", OUTPUT, "Where the run directory is made. [$RAILHEAD_RUNS, else ./railhead-runs]", "DIR"),
