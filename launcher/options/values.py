@@ -135,7 +135,7 @@ def parse_signals(text: str) -> tuple[str, ...]:
     """`--signals-to-handle`: names that this machine knows."""
     names = tuple(name.strip().upper() for name in text.split(",") if name.strip())
     for name in names:
-        if name in ("SIGKILL", "SIGSTOP") or not hasattr(signal, name) or not name.startswith("SIG"):
+        if name in ("SIGKILL", "SIGSTOP") or name not in signal.Signals.__members__:
             raise ValueError(f"names of signals that can be handled, and {name} is none")
     return names
 

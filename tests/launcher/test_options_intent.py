@@ -105,6 +105,7 @@ def test_the_flag_names_the_cluster_then_the_environment(
         ("--resources GPU=1 t.py", ["--gpus-per-proc"]),
         ("--resources rdma t.py", ["NAME=N pairs"]),
         ("--signals-to-handle SIGKILL t.py", ["SIGKILL is none"]),
+        ("--signals-to-handle SIG_DFL t.py", ["SIG_DFL is none"]),
         ("--show-ranks 5-1 t.py", ["expected ranks like 0,8-15"]),
         ("--cache-dir /c t.py", ["--cache-capacity"]),
         ("--cache-capacity 1GiB t.py", ["--cache-dir"]),
