@@ -39,6 +39,8 @@ from launcher.node.node_attempt import NodeAttempt
 from launcher.spec import JobSpec
 
 _CLOSE_TIMEOUT_S = 8.0
+_CACHE_AGAIN_MAX_S = 60.0
+"""A cache daemon that keeps dying is started again more and more seldom: after 1, 2, 4 … s, and then once a minute."""
 _DISK_CHECK_S = 5.0
 _STRAY_SWEEP_S = 0.5
 """After a guardian's death, strays appear as the kernel kills their parents: sweep until there was none for this long."""
@@ -71,6 +73,10 @@ class NodeAgent:
         self._attempt: NodeAttempt | None = None
         self._ended: set[int] = set()
         self._cache: CacheChild | None = None
+        self._cache_socket: str | None = None
+        """Where its ranks find it, also while it is being started again."""
+        self._cache_again_at_s: float | None = None
+        self._num_cache_deaths = 0
         self._sweep_until_s = 0.0
         self._next_disk_check_s = 0.0
         self._has_told_of_disk = False
@@ -100,7 +106,7 @@ class NodeAgent:
         """Answered by RanksStarted or NodeFailed; later a RankExited for each rank."""
 
         def start(attempt: NodeAttempt) -> None:
-            attempt.start_ranks(plan, self._cache.socket if self._cache else None)
+            attempt.start_ranks(plan, self._cache_socket)
 
         self._post(lambda: self._begin(plan.attempt, start))
 
@@ -153,6 +159,8 @@ class NodeAgent:
             self._sweep()
             if self._cache is not None:
                 self._cache.check_deadline(time.monotonic())
+            elif self._cache_again_at_s is not None and time.monotonic() >= self._cache_again_at_s:
+                self._start_cache()
             self._check_disk()
 
     def _is_idle(self) -> bool:
@@ -163,6 +171,8 @@ class NodeAgent:
             return 0.02
         if self._cache is not None and not self._cache.has_announced:
             return max(0.0, self._cache.deadline_s - time.monotonic()) + 0.01
+        if self._cache_again_at_s is not None:
+            return max(0.0, self._cache_again_at_s - time.monotonic()) + 0.01
         return None if self._attempt is None or self._has_told_of_disk else _DISK_CHECK_S
 
     def _sweep(self) -> None:
@@ -247,6 +257,7 @@ class NodeAgent:
 
     def _start_cache(self) -> None:
         assert self._spec.cache is not None
+        self._cache_again_at_s = None
         log_path = os.path.join(self._run_dir, "cache.log")
         try:
             cache = CacheChild(
@@ -256,6 +267,7 @@ class NodeAgent:
             self._on_event(CacheFailed(self._node.node_id, f"the cache daemon could not be started: {error}"))
             return
         self._cache = cache
+        self._cache_socket = cache.socket
         self._selector.register(cache.announce_fd, selectors.EVENT_READ, partial(self._read_cache, cache))
         self._watch(cache.guarded, partial(self._cache_reports, cache))
 
@@ -265,8 +277,17 @@ class NodeAgent:
 
     def _cache_reports(self, cache: CacheChild, report: Report) -> None:
         cache.handle(report)
-        if cache.is_over and self._is_closing:
+        if not cache.is_over:
+            return
+        if self._is_closing:
             self._forget_cache(cache)
+        elif cache.has_served:
+            # It worked once, so what ended it (out of memory, a person) need not end the next one; readers go back to it by themselves.
+            self._forget_cache(cache)
+            delay_s = min(_CACHE_AGAIN_MAX_S, 2.0**self._num_cache_deaths)
+            self._num_cache_deaths += 1
+            self._cache_again_at_s = time.monotonic() + delay_s
+            self._on_event(Notice(f"the cache daemon is started again in {delay_s:g} s", self._node.node_id))
 
     def _forget_cache(self, cache: CacheChild) -> None:
         with contextlib.suppress(KeyError):
@@ -276,6 +297,7 @@ class NodeAgent:
 
     def _begin_closing(self) -> None:
         self._is_closing = True
+        self._cache_again_at_s = None
         if self._attempt is not None:
             self._attempt.stop(0.0, signal.SIGKILL)
         if self._cache is not None and self._cache.is_over:

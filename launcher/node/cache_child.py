@@ -69,6 +69,7 @@ class CacheChild:
         self.has_announced = False
         self.is_over = False
         self._is_stopping = False
+        self._was_told_to_stop = False
         self._already_running = False
         self._received = b""
         self.deadline_s = time.monotonic() + ANNOUNCE_TIMEOUT_S
@@ -147,10 +148,16 @@ class CacheChild:
                     with contextlib.suppress(OSError):
                         self.read_announcement()
                 if not (self._already_running or self._is_stopping):
-                    words = last_lines(self._log_path, 5)
+                    # What it printed last explains its refusal to start; of one that worked it is only its last news.
+                    words = last_lines(self._log_path, 5) if not self.has_announced else ""
                     self._fail(f"the cache daemon ended with {status}" + (f": {words}" if words else ""))
             case Gone():
                 self.is_over = True
+
+    @property
+    def has_served(self) -> bool:
+        """It was a daemon of ours that worked: it announced itself, and nobody has told it to stop."""
+        return self.has_announced and not self._already_running and not self._was_told_to_stop
 
     def check_deadline(self, now: float) -> None:
         """Gives up a daemon that has not announced itself in time."""
@@ -162,7 +169,7 @@ class CacheChild:
 
     def stop(self) -> None:
         """Drains it, unless it was there before us."""
-        self._is_stopping = True
+        self._is_stopping = self._was_told_to_stop = True
         if not self.is_over:
             self.guarded.stop(DRAIN_S)
 

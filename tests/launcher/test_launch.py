@@ -158,7 +158,8 @@ def leave(*_):
     open("cache.drained", "w").close()
     sys.exit(0)
 signal.signal(signal.SIGTERM, leave)
-if mode == "dies":
+if mode == "dies" or (mode == "dies once" and not os.path.exists("died")):
+    open("died", "w").close()
     os.kill(os.getpid(), 9)
 while True: time.sleep(600)
 """
@@ -229,6 +230,24 @@ def test_a_failing_cache_is_said_loudly_and_training_goes_on(tmp_path: Path, mod
     assert code == 0, err
     assert reason in err
     assert "its ranks read the origin directly" in err
+
+
+def test_a_daemon_that_worked_and_died_is_started_again_at_the_same_socket(tmp_path: Path) -> None:
+    """In a job of days one out-of-memory kill must not mean no cache to the end; its readers look for it where it was."""
+    journal = "open(os.environ['RAILHEAD_RUN_DIR'] + '/journal.jsonl').read()"
+    with with_fake_cache(tmp_path, "dies once", f"{journal}.count('CacheServing') == 2") as launched:
+        code, _, err = launched.finish()
+    assert code == 0, err
+    assert "the cache daemon ended with signal 9 (SIGKILL)" in err
+    assert "the cache daemon is started again in 1 s" in err
+    sockets = [json.loads(line)["socket"] for line in _journal_lines(tmp_path) if '"CacheServing"' in line]
+    assert sockets[0] == sockets[1] == (tmp_path / "socket").read_text()
+    assert (tmp_path / "cache.drained").exists()
+
+
+def _journal_lines(directory: Path) -> list[str]:
+    (journal,) = [path for path in directory.glob("**/journal.jsonl") if not path.parent.is_symlink()]
+    return journal.read_text().splitlines()
 
 
 def test_a_cache_that_says_nothing_does_not_hold_up_the_end(tmp_path: Path) -> None:
