@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import google_crc32c
+import crc32c
 import numpy as np
 
 from cache.origin.registry import close_origins, origin_for
@@ -75,7 +75,7 @@ def write_tars(dataset: Dataset) -> Dataset:
                 tar.addfile(info, io.BytesIO(data))
                 # addfile has written the data, padded to 512 bytes, as the last thing.
                 offsets.append((shard_idx, tar.offset - -(-len(data) // 512) * 512))
-                checksums.append(google_crc32c.value(data))
+                checksums.append(crc32c.crc32c(data))
         name = f"tar/{shard_idx:05d}.tar"
         (Path(dataset.local_dir) / name).write_bytes(packed.getvalue())
         shards.append(name)

@@ -76,6 +76,7 @@ _dir_option = click.option(
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="railhead", message="%(package)s %(version)s")
 def cli() -> None:
     """Object-store shards on this node's disk, ahead of the order in which training reads them."""
 
@@ -193,14 +194,18 @@ def status(socket: Path | None, directory: Path | None, as_json: bool) -> None:
 @_socket_option
 @_dir_option
 def evict(urls: tuple[str, ...], socket: Path | None, directory: Path | None) -> None:
-    """Remove objects from this node's disk. Readers that have them open go on reading."""
+    """Remove objects from this node's disk, also those that the origin no longer has. Open readers go on reading."""
     from cache.client import Cache
+    from cache.origin.urls import canonical_url
 
-    cache = Cache(_find_socket(socket, directory))
-    for url in urls:
-        for info in cache.list(url):
-            freed = cache.ask_daemon({"op": "evict", "url": info.url})["evicted_bytes"]
-            click.echo(f"{info.url}: {format_bytes(freed)} evicted")
+    with Cache(_find_socket(socket, directory)) as cache:
+        for url in map(canonical_url, urls):
+            answer = cache.ask_daemon({"op": "evict", "url": url})
+            count = answer["num_objects"]
+            freed = format_bytes(answer["evicted_bytes"])
+            click.echo(
+                f"{url}: {freed} of {count} object{'' if count == 1 else 's'} evicted" if count else f"{url}: not here"
+            )
 
 
 def _find_socket(socket: Path | None, directory: Path | None) -> str:

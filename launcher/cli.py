@@ -30,6 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except LauncherError as error:
         print(f"launcher: {error}", file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:  # `--help | head`: whoever read our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_SIGNAL_BASE + signal.SIGPIPE
     except KeyboardInterrupt:  # before the controller takes the signals, for example while a cluster is looked for
         print("launcher: interrupted before anything was started", file=sys.stderr)
         return EXIT_SIGNAL_BASE + signal.SIGINT
@@ -60,7 +63,7 @@ def _run(argv: list[str]) -> int:
     if line.wants_help:
         from launcher.options.helptext import help_text
 
-        print(help_text(shutil.get_terminal_size().columns))
+        print(help_text(shutil.get_terminal_size().columns), flush=True)
         return EXIT_OK
     if line.wants_version:
         from importlib.metadata import version

@@ -39,6 +39,7 @@ from launcher.gang.events import (
     StopRequested,
     Tick,
 )
+from launcher.gang.masking import masked_args
 from launcher.journal import FileJournal, JobBegan, JobEnded
 from launcher.spec import JobSpec
 
@@ -133,7 +134,9 @@ class Controller:
         """To the end of the job; returns the exit code."""
         began_s = self._clock.monotonic_s()
         description = self._cluster.description
-        self._journal.record(JobBegan(self._run_dir, description, tuple(sys.argv), os.getpid(), socket.gethostname()))
+        self._journal.record(
+            JobBegan(self._run_dir, description, tuple(masked_args(sys.argv)), os.getpid(), socket.gethostname())
+        )
         self._console.say(messages.began(_asked(self._spec), description, self._run_dir))
         ended = self._to_the_end()
         duration_s = self._clock.monotonic_s() - began_s

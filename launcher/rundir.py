@@ -17,7 +17,7 @@ import tempfile
 import time
 
 from launcher.errors import SpecError
-from launcher.gang.masking import masked
+from launcher.gang.masking import masked, masked_args
 from launcher.journal import to_json
 from launcher.spec import JobSpec
 
@@ -70,6 +70,7 @@ def write_spec(run_dir: str, spec: JobSpec) -> None:
     """`spec.json`, secrets masked; best effort."""
     data = to_json(spec)
     data["env"] = masked(spec.env)
+    data["program"]["args"] = masked_args(spec.program.args)
     with contextlib.suppress(OSError), open(os.path.join(run_dir, "spec.json"), "w") as file:
         json.dump(data, file, indent=2)
         file.write("\n")

@@ -15,6 +15,8 @@ from launcher.errors import SpecError
 
 DEFAULT_SHUTDOWN_TIMEOUT_S = 30.0
 DEFAULT_PLACE_TIMEOUT_S = 300.0
+MAX_PROCS_PER_NODE = 1024
+"""No machine has so many accelerators; a mistyped number must not fill a shared machine with processes."""
 DEFAULT_LINE_PREFIX = "[rank${rank}] "
 
 
@@ -215,6 +217,11 @@ class JobSpec:
             raise SpecError(
                 f"--nproc-per-node {self.nproc_per_node}: a node needs at least one rank",
                 advice="give 1 or more, or auto",
+            )
+        if self.nproc_per_node > MAX_PROCS_PER_NODE:
+            raise SpecError(
+                f"--nproc-per-node {self.nproc_per_node}: more than {MAX_PROCS_PER_NODE} ranks on one node are taken for a slip",
+                advice="it is the number of ranks on each node, usually one per GPU",
             )
         if self.master_port is not None and not 0 < self.master_port < 65536:
             raise SpecError(

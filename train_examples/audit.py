@@ -148,7 +148,15 @@ def main() -> int:
     print(f"{history.num_void} steps were done again after a resume")
     for finding in wrong:
         print(f"WRONG: {finding}")
-    print("every sample at most once per epoch, none missing" if not wrong else f"{len(wrong)} findings")
+    last_epoch, last_step = max(history.steps)
+    open_epoch = (
+        "" if last_step + 1 == num_samples // batch else f"; epoch {last_epoch} ends after step {last_step}, unfinished"
+    )
+    print(
+        f"{len(wrong)} findings"
+        if wrong
+        else f"no sample twice in an epoch, none missing in a finished one{open_epoch}"
+    )
     return 1 if wrong else 0
 
 

@@ -193,17 +193,21 @@ class Account:
         )
 
     def _reads(self, end_status: dict[str, Any] | None) -> tuple[float, float, float]:
-        """(hits, reads, bytes from the origin). A daemon counts for its whole node, DataLoader workers included; it
-        is asked once on each node. Without one, this process's own count is all there is."""
+        """(hits, reads, bytes from the origin). A daemon counts for all its readers, DataLoader workers included; the first
+        rank that uses it speaks for it. Without one, this process's own count is all there is."""
+        daemon_id = end_status["daemon_id"] if end_status is not None else None
+        daemons = self.world.gather(daemon_id)
         if self.start_status is None or end_status is None:
             own = self.cache.stats()
             return own.hits, own.hits + own.misses + own.direct_reads, own.direct_bytes
-        if self.world.local_rank != 0:
+        if daemons.index(daemon_id) != self.world.rank:
             return 0, 0, 0
         end_status = self.cache.daemon_status() or end_status
+        # A daemon that was started again counts from zero; what its forerunner had counted went with it.
+        start_status = self.start_status if self.start_status["daemon_id"] == end_status["daemon_id"] else {}
 
         def since(group: str, key: str) -> float:
-            return end_status[group].get(key, 0) - self.start_status[group].get(key, 0)
+            return end_status[group].get(key, 0) - start_status.get(group, {}).get(key, 0)
 
         hits = since("readers", "hits")
         reads = hits + since("readers", "misses") + since("readers", "direct_reads")

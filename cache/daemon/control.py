@@ -195,6 +195,7 @@ class Control:
         residency = self.residency
         budget = residency.budget
         return {
+            "daemon_id": self.daemon_id,
             "dir": str(self.config.dir),
             "socket": str(self.config.socket),
             "uptime_s": round(time.monotonic() - self.started_s, 3),

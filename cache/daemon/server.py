@@ -12,6 +12,7 @@ import signal
 import socket
 import stat
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cache.daemon import probe
@@ -142,6 +143,11 @@ def serve(config: DaemonConfig, *, announce: bool) -> int:
                 advice="wait until it has ended, or end it",
             )
         log.info("%s is served already by process %d at %s", config.dir, directory.pid, directory.socket)
+        if status["capacity_bytes"] != config.capacity_bytes:
+            have, asked = format_bytes(status["capacity_bytes"]), format_bytes(config.capacity_bytes)
+            log.warning("its capacity is %s, and stays so; %s was asked for: stop it first", have, asked)
+        if not announce and Path(directory.socket) != config.socket:
+            log.warning("--socket %s is not served", config.socket)
         if announce:
             _announce(directory.socket, directory.pid, True, int(status["used_bytes"]), int(status["capacity_bytes"]))
         return 0

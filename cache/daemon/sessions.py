@@ -8,7 +8,7 @@ Requests and their answers (each request with an `id` is answered exactly once, 
     check     {content_id, extent_idx}                       → {cause}
     list      {url}                                          → {objects}
     status    {}                                             → the daemon's account
-    evict     {url}                                          → {evicted_bytes}
+    evict     {url}                                          → {evicted_bytes, num_objects}
 
 Between answers a reader may be told {"evicted": true}: files that it holds were evicted and their space is needed.
 
@@ -268,10 +268,15 @@ class Session:
         return {"status": {**status, "clients": self._clients.num_clients, "readers": self._clients.readers()}}, []
 
     async def _evict(self, request: dict[str, Any]) -> Reply:
-        before = self._control.residency.counters.evicted_bytes
-        for object_id in [o for o in self._control.residency.objects() if o.url == request["url"]]:
+        """What this node holds of an object, or of all below a prefix; the origin is not asked, for it may hold them no longer."""
+        url = str(request["url"]).rstrip("/")
+        residency = self._control.residency
+        before = residency.counters.evicted_bytes
+        held = [o for o in residency.objects() if o.url == url or o.url.startswith(f"{url}/")]
+        on_disk = [o for o in held if residency.on_disk_bytes(o.content_id)]
+        for object_id in on_disk:
             self._control.tell(m.EvictAsked(object_id.content_id))
-        return {"evicted_bytes": self._control.residency.counters.evicted_bytes - before}, []
+        return {"evicted_bytes": residency.counters.evicted_bytes - before, "num_objects": len(on_disk)}, []
 
     # -- told --
 

@@ -50,7 +50,7 @@ def understand(line: CommandLine, environ: Mapping[str, str], cwd: str, fresh_id
     min_nodes, max_nodes = read(line, "nnodes", values.parse_nodes, (1, 1))
     if address is None and min_nodes > 1:
         raise _no_cluster_for(line, min_nodes, max_nodes)
-    notes = (*_notes_of_table(line), *_notes_of_place(line, address, max_nodes))
+    notes = [*_notes_of_table(line), *_notes_of_place(line, address, max_nodes)]
     one: int | str = 1
     asked: tuple[str, ...] = read(line, "carry-env", values.parse_texts, ())
     procs = read(line, "nproc-per-node", values.parse_procs, one)
@@ -78,7 +78,11 @@ def understand(line: CommandLine, environ: Mapping[str, str], cwd: str, fresh_id
         place_timeout_s=read(line, "place-timeout", values.parse_amount, DEFAULT_PLACE_TIMEOUT_S),
         signals_to_handle=read(line, "signals-to-handle", values.parse_signals, JobSpec.signals_to_handle),
     )
-    return Intent(spec, procs if isinstance(procs, str) else None, address, notes)
+    if address is not None:
+        notes += _notes_of_credentials(environ, spec.env)
+    if isinstance(procs, int):
+        _check_shown_ranks(spec)
+    return Intent(spec, procs if isinstance(procs, str) else None, address, tuple(notes))
 
 
 def read(line: CommandLine, name: str, parse: Callable[[str], T], default: T) -> T:
@@ -202,7 +206,7 @@ def _read_cache(line: CommandLine) -> CacheOptions | None:
         raise SpecError(
             f"a cache needs a directory and a capacity; {missing} is missing", advice="give both, or neither"
         )
-    return CacheOptions(directory, capacity)
+    return CacheOptions(directory, read(line, "cache-capacity", values.parse_size, capacity))
 
 
 # What has to be said.
@@ -216,6 +220,29 @@ def _notes_of_table(line: CommandLine) -> list[str]:
         if option.note and given is not None and given.value != option.silent_value:
             by_reason.setdefault(option.note, []).append(str(given))
     return [f"{', '.join(flags)}: no effect; {reason}" for reason, flags in by_reason.items()]
+
+
+_CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_PROFILE", "AWS_ENDPOINT_URL", "AZURE_STORAGE_ACCOUNT_KEY")
+
+
+def _notes_of_credentials(environ: Mapping[str, str], carried: Mapping[str, str]) -> list[str]:
+    """Credentials stay here unless asked for (nodes often have better ones); that they do is the first thing to know of a 403."""
+    return [
+        f"{name} is set here and does not go along to the nodes; --carry-env '{name.split('_')[0]}_*' takes it there"
+        for name in _CREDENTIALS
+        if environ.get(name) and name not in carried
+    ][:1]
+
+
+def _check_shown_ranks(spec: JobSpec) -> None:
+    """Raises SpecError for ranks that the largest world does not have: nothing would be shown, and nobody would know why."""
+    num_ranks = spec.max_nodes * spec.nproc_per_node
+    beyond = sorted(rank for rank in spec.logs.show_ranks or () if rank >= num_ranks)
+    if beyond:
+        raise SpecError(
+            f"--show-ranks names rank {beyond[0]}, and there are {num_ranks} ranks",
+            advice=f"ranks are numbered from 0 to {num_ranks - 1}",
+        )
 
 
 def _notes_of_place(line: CommandLine, address: str | None, max_nodes: int) -> list[str]:

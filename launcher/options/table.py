@@ -172,6 +172,7 @@ OPTIONS: tuple[Option, ...] = (
         note="each rank is a fresh interpreter",
         silent_value="spawn",
     ),
+    Option("print-completion", TORCHRUN, "", "SHELL", from_env=False, note="there is no completion script"),
     Option("event-log-handler", TORCHRUN, "", "NAME", note="events are in journal.jsonl of the run directory"),
     Option(
         "logs-specs",

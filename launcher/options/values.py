@@ -67,6 +67,19 @@ def parse_port(text: str) -> int | None:
     return number or None
 
 
+def parse_size(text: str) -> str:
+    """A number of bytes as `python -m cache` reads it; handed on as it was written.
+
+    >>> parse_size("200GiB"), parse_size("1.5 TB")
+    ('200GiB', '1.5 TB')
+    """
+    if not re.fullmatch(r"\s*\d[\d_]*(\.\d+)?\s*([kmgt]i?)?b?\s*", text, re.IGNORECASE) or not re.search(
+        r"[1-9]", text
+    ):
+        raise ValueError("a number of bytes above 0, like 200GiB or 1.5TB")
+    return text
+
+
 def parse_streams(text: str) -> StreamChoice:
     """`-r` and `-t`: `3`, or `0:1,1:3` by local rank. More than torchrun takes: local ranks above 9.
 
