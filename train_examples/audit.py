@@ -1,6 +1,6 @@
 """Was every sample trained on exactly once in each epoch, through failures and resizing?
 
-    python -m train_examples.audit DIR
+    python train_examples/audit.py DIR
 
 Each start of a training script with `--audit-dir DIR` adds one file per rank. A line is written when a rank has
 computed a step's loss, before it takes part in the gradient's sum: if any rank finished a step, every rank has

@@ -67,7 +67,7 @@ def arguments() -> argparse.Namespace:
     add("--checkpoint-dir", help="where checkpoints are written and resumed from")
     add("--checkpoint-every", type=int, default=50, help="steps (default: %(default)s)")
     add("--log-every", type=int, default=20, help="steps (default: %(default)s)")
-    add("--audit-dir", help="record which samples each step used; check with python -m train_examples.audit")
+    add("--audit-dir", help="record which samples each step used; check with train_examples/audit.py")
     return parser.parse_args()
 
 
