@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launcher.errors import EXIT_INTERNAL, EXIT_OK, EXIT_SIGNAL_BASE, LauncherError, SpecError
+from launcher.errors import EXIT_INTERNAL, EXIT_OK, EXIT_SIGNAL_BASE, LauncherError, NodeError, SpecError
 from launcher.spec import Program, ProgramKind
 
 if TYPE_CHECKING:
@@ -88,6 +88,8 @@ def _place(intent: Intent) -> tuple[JobSpec, Cluster]:
         spec = intent.spec
         if intent.procs_wish is not None:
             spec = replace(spec, nproc_per_node=procs_of_this_machine(intent.procs_wish))
+        if spec.local_addr or spec.master_port:
+            check_store_address(spec.local_addr or "127.0.0.1", spec.master_port)
         return spec, LocalCluster()
     from launcher.cluster.ray import connect
 
@@ -97,6 +99,17 @@ def _place(intent: Intent) -> tuple[JobSpec, Cluster]:
     except BaseException:
         cluster.close()
         raise
+
+
+def check_store_address(host: str, port: int | None) -> None:
+    """Raises SpecError for an address that is not ours or a port that is taken: a mistake in the command, not a lost node."""
+    from launcher.node import store
+
+    try:
+        listener, _ = store.bind(host, port)
+    except NodeError as error:
+        raise SpecError(error.message, advice=error.advice) from error
+    listener.close()
 
 
 def procs_of_this_machine(wish: str) -> int:

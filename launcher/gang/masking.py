@@ -9,6 +9,8 @@ MASK = "***"
 _SECRET_NAME = re.compile(
     r"KEY|TOKEN|SECRET|PASSW|PASSPHRASE|CREDENTIAL|AUTH|COOKIE|SIGNATURE|WEBHOOK|DSN|CONNECTION_STRING", re.IGNORECASE
 )
+# Narrower than for variables: --num-tokens and --tokenizer are no secrets, and a run's arguments are what people look for.
+_SECRET_FLAG = re.compile(r"SECRET|PASSW|PASSPHRASE|CREDENTIAL|(TOKEN|KEY)$", re.IGNORECASE)
 _USER_IN_URL = re.compile(r"(?<=://)[^/@\s]+(?=@)")
 
 
@@ -22,7 +24,7 @@ def masked_args(args: Sequence[str]) -> list[str]:
     hides_next = False
     for arg in args:
         flag, equals, _ = arg.partition("=")
-        is_secret = arg.startswith("-") and _SECRET_NAME.search(flag) is not None
+        is_secret = arg.startswith("-") and _SECRET_FLAG.search(flag) is not None
         if hides_next and not arg.startswith("-"):
             shown.append(MASK)
         elif is_secret and equals:

@@ -31,8 +31,10 @@ def bind(host: str, port: int | None) -> tuple[socket.socket, StoreAddress]:
             raise
     except OSError as error:
         raise NodeError(
-            f"cannot listen at {host} port {port or 'any'} for the gang's store: {error.strerror or error}",
-            advice="leave out --master-port for a free one" if port else "check --local-addr, or the node's address",
+            f"cannot listen at {host}, {f'port {port}' if port else 'any port'}, for the gang's store: {error.strerror or error}",
+            advice="leave out --master-port for a free one"
+            if port
+            else "--master-addr must be an address of this node",
         ) from error
     return listener, StoreAddress(host, listener.getsockname()[1])
 

@@ -61,7 +61,7 @@ def test_output_flags_reach_the_spec() -> None:
     [("all", None, True), ("none", frozenset(), False), ("0,8-10", frozenset({0, 8, 9, 10}), False)],
 )
 def test_shown_ranks_are_all_none_or_listed(words: str, ranks: frozenset[int] | None, everyone: bool) -> None:
-    logs = meant(f"--show-ranks {words} t.py").spec.logs
+    logs = meant(f"--nproc-per-node 16 --show-ranks {words} t.py").spec.logs
     assert (logs.show_ranks, logs.show_all) == (ranks, everyone)
 
 
@@ -106,6 +106,9 @@ def test_the_flag_names_the_cluster_then_the_environment(
         ("--resources rdma t.py", ["NAME=N pairs"]),
         ("--signals-to-handle SIGKILL t.py", ["SIGKILL is none"]),
         ("--signals-to-handle SIG_DFL t.py", ["SIG_DFL is none"]),
+        ("--nproc-per-node 4000000 t.py", ["more than 1024 ranks"]),
+        ("--show-ranks 3 --nproc-per-node 2 t.py", ["there are 2 ranks"]),
+        ("--cache-dir /c --cache-capacity lots t.py", ["a number of bytes"]),
         ("--show-ranks 5-1 t.py", ["expected ranks like 0,8-15"]),
         ("--cache-dir /c t.py", ["--cache-capacity"]),
         ("--cache-capacity 1GiB t.py", ["--cache-dir"]),
@@ -285,3 +288,15 @@ def test_an_interrupt_before_anything_was_started_ends_with_130(
 def test_the_manual_names_every_flag() -> None:
     manual = (Path(__file__).parents[2] / "docs" / "launcher.md").read_text()
     assert [option.name for option in OPTIONS if f"`--{option.name}" not in manual] == []
+
+
+@pytest.mark.parametrize("name", ["AWS_ACCESS_KEY_ID", "AWS_ENDPOINT_URL"])
+def test_credentials_that_do_not_go_along_are_said_once(name: str) -> None:
+    """The first thing to know of a 403 that a node gets; with --carry-env there is nothing to say."""
+    environ = {name: "x", "AZURE_STORAGE_ACCOUNT_KEY": "k"}
+    flags = ["--address", "10.0.0.1:6379"]
+    notes = understand(parse([*flags, "t.py"], environ), environ, "/").notes
+    assert [note for note in notes if "--carry-env 'AWS_*'" in note] == [notes[-1]]
+    assert notes[-1].startswith(f"{name} is set here")
+    carried = parse([*flags, "--carry-env", "AWS_*", "t.py"], environ)
+    assert not [note for note in understand(carried, environ, "/").notes if "AWS_" in note]

@@ -58,7 +58,7 @@ def test_a_port_that_is_taken_is_said_with_what_to_do() -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(NodeError, match=f"cannot listen at 127.0.0.1 port {port}") as caught:
+        with pytest.raises(NodeError, match=f"cannot listen at 127.0.0.1, port {port}") as caught:
             store.bind("127.0.0.1", port)
     assert "leave out --master-port" in caught.value.advice
 
