@@ -66,4 +66,4 @@ def test_a_port_that_is_taken_is_said_with_what_to_do() -> None:
 def test_an_address_that_is_not_ours_is_said() -> None:
     with pytest.raises(NodeError, match=r"cannot listen at 203\.0\.113\.7") as caught:
         store.bind("203.0.113.7", None)
-    assert "--local-addr" in caught.value.advice
+    assert "--master-addr" in caught.value.advice
