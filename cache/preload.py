@@ -45,7 +45,7 @@ class PreloadResult:
         lines = [
             f"{'complete' if self.is_complete else 'INCOMPLETE'}: "
             f"{format_bytes(self.resident_bytes)} of {format_bytes(self.total_bytes)} in "
-            f"{self.num_objects} objects are resident, {format_bytes(self.origin_bytes)} came from the origin; "
+            f"{self.num_objects} object{'' if self.num_objects == 1 else 's'} resident, {format_bytes(self.origin_bytes)} came from the origin; "
             f"{self.seconds:.1f} s, {format_bytes(rate)}/s"
         ]
         if self.wants_verification:

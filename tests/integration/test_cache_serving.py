@@ -54,6 +54,7 @@ def test_a_second_daemon_on_a_directory_says_who_serves_it(cache_daemon: CacheDa
     said = json.loads(result.stdout)
     assert (said["already_running"], said["pid"], said["socket"]) == (True, cache_daemon.pid, cache_daemon.socket)
     assert not Path(other).exists() and cache_daemon.status()
+    assert "its capacity is" in result.stderr and "64 MiB was asked for" in result.stderr
 
 
 def test_a_socket_that_a_living_program_has_is_left_alone(tmp_path: Path) -> None:
@@ -145,6 +146,22 @@ def test_a_complete_preload_is_resident_verified_and_exits_with_0(cache_daemon: 
     assert said["is_complete"] and said["verified_bytes"] == said["total_bytes"] == 3 * BLOCK_BYTES + 3
     again = json.loads(run_cache("preload", str(tmp_path), "--socket", cache_daemon.socket, "--json").stdout)
     assert again["is_complete"] and again["origin_bytes"] == 0, "the second one takes nothing from the origin"
+
+
+def test_what_the_origin_no_longer_has_can_be_evicted(cache_daemon: CacheDaemon, tmp_path: Path) -> None:
+    """Data that was deleted or made private is what one most wants to be rid of."""
+    data = tmp_path / "data"
+    data.mkdir()
+    for idx in range(2):
+        (data / f"shard-{idx}").write_bytes(random_bytes(1000, idx))
+    assert run_cache("preload", str(data), "--socket", cache_daemon.socket).returncode == 0
+    (data / "shard-0").unlink()
+    (data / "shard-1").unlink()
+    gone = run_cache("evict", str(data), "--socket", cache_daemon.socket)
+    assert gone.returncode == 0 and "2 objects evicted" in gone.stdout, gone
+    assert cache_daemon.status()["used_bytes"] == 0
+    again = run_cache("evict", str(data), "--socket", cache_daemon.socket)
+    assert "not here" in again.stdout
 
 
 def test_a_preload_says_what_is_missing_or_too_big(tmp_path: Path) -> None:
