@@ -88,7 +88,7 @@ class NodeCacheFileSystem(ChainedFileSystem):  # type: ignore[misc]
 
     def _open(self, path: str, mode: str = "rb", block_size: int | None = None, **kwargs: Any) -> io.BufferedReader:
         if mode != "rb":
-            raise NotImplementedError(
+            raise io.UnsupportedOperation(
                 f"nodecache is read-only, mode {mode!r} is not; write to {self._url(path)} itself"
             )
         obj = self._translated(lambda: self.cache.open(self._url(str(self._strip_protocol(path)))), path)
