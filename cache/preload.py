@@ -42,10 +42,10 @@ class PreloadResult:
 
     def summary(self) -> str:
         rate = self.resident_bytes / self.seconds if self.seconds else 0.0
+        objects = "1 object" if self.num_objects == 1 else f"{self.num_objects} objects"
         lines = [
-            f"{'complete' if self.is_complete else 'INCOMPLETE'}: "
-            f"{format_bytes(self.resident_bytes)} of {format_bytes(self.total_bytes)} in "
-            f"{self.num_objects} object{'' if self.num_objects == 1 else 's'} resident, {format_bytes(self.origin_bytes)} came from the origin; "
+            f"{'complete' if self.is_complete else 'INCOMPLETE'}: {format_bytes(self.resident_bytes)} of "
+            f"{format_bytes(self.total_bytes)} in {objects} resident, {format_bytes(self.origin_bytes)} came from the origin; "
             f"{self.seconds:.1f} s, {format_bytes(rate)}/s"
         ]
         if self.wants_verification:
