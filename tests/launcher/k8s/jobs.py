@@ -105,7 +105,9 @@ def specs(draw: st.DrawFn) -> JobSpec:
     least = draw(st.integers(1, 6))
     kind = draw(st.sampled_from(ProgramKind))
     show_all = draw(st.booleans())
-    ranks = st.frozensets(st.integers(0, 40), max_size=4)
+    most = least + draw(st.integers(0, 3))
+    each = draw(st.sampled_from([1, 2, 4, 8]))
+    ranks = st.frozensets(st.integers(0, most * each - 1), max_size=4)
     return JobSpec(
         program=Program(
             kind,
@@ -113,8 +115,8 @@ def specs(draw: st.DrawFn) -> JobSpec:
             tuple(draw(st.lists(_words, max_size=4))),
         ),
         min_nodes=least,
-        max_nodes=least + draw(st.integers(0, 3)),
-        nproc_per_node=draw(st.sampled_from([1, 2, 4, 8])),
+        max_nodes=most,
+        nproc_per_node=each,
         resources=Resources(
             draw(st.sampled_from([None, 0.5, 2.0])),
             draw(st.sampled_from([None, 0.5, 1.0])),
