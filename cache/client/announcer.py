@@ -91,7 +91,8 @@ class Announcer:
             self._samples_since_told = 0
         ahead = self._schedule.plan.steps_between(cursor, self._announced) * self._local_size
         if ahead + self._portion <= self._lookahead:
-            self._announce_up_to(ahead + self._portion)
+            # To the full, not by a portion: a reader may take several batches between two calls.
+            self._announce_up_to(self._lookahead)
 
     def close(self) -> None:
         """Nothing of what was announced will be read."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cache.client.announcer import ADVANCE_SAMPLES, LOOKAHEAD_SAMPLES, Announcer
@@ -220,6 +220,7 @@ def expected_visits(
 
 @settings(max_examples=15, deadline=None)
 @given(st.integers(0, 10), st.lists(st.integers(1, 2), min_size=1, max_size=40), st.sampled_from([16, 256, 2048]))
+@example(start_step=0, strides=[2] * 8, batch=2048)
 def test_announced_future_is_what_will_be_read(start_step: int, strides: list[int], batch: int) -> None:
     """In order, without a gap, over the ends of epochs; what is behind is what was consumed, but for a few samples."""
     schedule = Schedule((2000, 1000), batch, seed=2, shuffle=Full())
