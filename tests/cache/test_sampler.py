@@ -113,7 +113,9 @@ def test_state_of_another_order_is_refused_with_what_differs(other: ElasticBatch
 
 def test_resuming_with_another_world_size_is_allowed() -> None:
     state = ElasticBatchSampler(40, 8, seed=1, rank=1, world_size=2).state_dict(3)
-    ElasticBatchSampler(40, 8, seed=1, rank=3, world_size=4).load_state_dict(state)
+    resumed = ElasticBatchSampler(40, 8, seed=1, rank=3, world_size=4)
+    resumed.load_state_dict(state)
+    assert list(resumed) == list(ElasticBatchSampler(40, 8, seed=1, rank=3, world_size=4))[3:]
 
 
 def test_a_batch_that_ranks_cannot_share_is_refused_when_the_sampler_is_made() -> None:
