@@ -198,7 +198,8 @@ dist.all_reduce(value)
 store = dist.distributed_c10d._get_default_store()
 store.set(f"k{dist.get_rank()}", "v")
 store.wait(["k0", "k1"])
-print(dist.get_rank(), dist.get_world_size(), value.item(), flush=True)
+# One write: under torchrun both ranks have the same standard output, and an unbuffered print writes each word by itself.
+print(f"{dist.get_rank()} {dist.get_world_size()} {value.item()}\\n", end="", flush=True)
 dist.destroy_process_group()
 """
 
