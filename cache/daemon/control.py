@@ -28,9 +28,10 @@ from cache.errors import CacheError, CorruptBlock, ObjectChanged, OriginUnavaila
 from cache.order.lookahead import Visit
 from cache.residency import messages as m
 from cache.residency.budget import Budget
-from cache.residency.machine import Limits, Residency
+from cache.residency.machine import Residency
 from cache.residency.retry import RetryPolicy
 from cache.residency.slots import HEARTBEAT_WORD
+from cache.residency.state import Limits
 from cache.store.directory import CacheDirectory
 from cache.store.files import create_extent, remove_extent
 from cache.store.format import HEADER_BYTES, ExtentHeader

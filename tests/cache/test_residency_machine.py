@@ -8,7 +8,7 @@ from cache.blocks import BLOCK_BYTES, EXTENT_BYTES, ExtentId, ObjectId
 from cache.errors import AccessDenied, CapacityError, CorruptBlock, ObjectChanged, OriginUnavailable
 from cache.order.lookahead import Visit
 from cache.residency.budget import STALE_HOLD_S
-from cache.residency.machine import DISK_PAUSE_S
+from cache.residency.on_disk import DISK_PAUSE_S
 from cache.residency.patience import COOLING_S
 from cache.residency.retry import RetryPolicy
 from tests.models.residency_world import World

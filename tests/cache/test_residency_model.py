@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from cache.blocks import BLOCK_BYTES, BLOCKS_PER_EXTENT, EXTENT_BYTES, ExtentId, ObjectId, num_blocks
 from cache.errors import AccessDenied, CapacityError, CorruptBlock, OriginThrottled, OriginUnavailable
 from cache.order.lookahead import Lookahead, Visit
-from cache.residency.machine import DISK_PAUSE_S
+from cache.residency.on_disk import DISK_PAUSE_S
 from cache.residency.patience import COOLING_S, Patience
 from cache.residency.residents import Residents
 from cache.residency.waiting import Waiting

@@ -18,9 +18,10 @@ from cache.errors import CacheError
 from cache.order.lookahead import Visit
 from cache.residency import messages as m
 from cache.residency.budget import INDEX_BYTES_PER_EXTENT, Budget
-from cache.residency.machine import Limits, Residency
+from cache.residency.machine import Residency
 from cache.residency.policy import UNKNOWN_USE, Candidate, Decision, FarthestNextUse
 from cache.residency.slots import EVICTION_WORD
+from cache.residency.state import Limits
 
 HEADER_BYTES = 4096
 FileKey = tuple[ExtentId, int]

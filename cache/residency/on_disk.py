@@ -1,0 +1,126 @@
+"""Events of the disk, of workers and of time: files found and made, blocks fetched and checked. Functions over the machine's state."""
+
+from __future__ import annotations
+
+from cache.residency import messages as m
+from cache.residency.blockstate import BlockMove, BlockState
+from cache.residency.budget import INDEX_BYTES_PER_EXTENT
+from cache.residency.residents import Extent
+from cache.residency.state import State
+
+DISK_PAUSE_S = 5.0
+"""After the disk refused a new file no other is tried for this long: readers are sent to the origin at once."""
+
+
+def extent_found(s: State, event: m.ExtentFound) -> None:
+    size = event.file_bytes + INDEX_BYTES_PER_EXTENT
+    known = s.residents.learn(event.object_id)
+    # Used before anything of this run; among themselves the younger file later.
+    last_use_s = -1.0 / event.generation
+    extent = s.residents.add_extent(known, event.extent_idx, event.generation, size, last_use_s)
+    s.budget.adopt(size)
+    s.next_generation = max(s.next_generation, event.generation + 1)
+    if event.present is None:
+        extent.needs_table = True
+    else:
+        _open_found(s, extent, event.present)
+
+
+def extent_table_read(s: State, event: m.ExtentTableRead) -> None:
+    extent = s.residents.current(event.extent, event.generation)
+    if extent is not None and extent.needs_table:
+        extent.needs_table = False
+        _open_found(s, extent, event.present)
+
+
+def _open_found(s: State, extent: Extent, present: frozenset[int]) -> None:
+    for block in present:
+        extent.move(block, BlockMove.FOUND)
+    _open(s, extent)
+
+
+def extent_created(s: State, event: m.ExtentCreated) -> None:
+    extent = s.residents.current(event.extent, event.generation)
+    assert extent is not None and not extent.is_open, event
+    _open(s, extent)
+
+
+def extent_failed(s: State, event: m.ExtentFailed) -> None:
+    extent = s.residents.current(event.extent, event.generation)
+    if extent is None or extent.is_open:
+        return
+    keys = [(event.extent.content_id, block) for block in extent.block_indices]
+    if extent.needs_table:
+        # A file from before this daemon that cannot be read: forget it, and fetch what is waited for.
+        s.evict(extent)
+        s.demand.update((key, None) for key in keys if s.waiting.is_wanted(key))
+        return
+    s.no_files_until_s = s.now + DISK_PAUSE_S
+    s.disk_error = event.error
+    for key in keys:
+        s.fail(key, event.error)
+    s.evict(extent)
+
+
+def _open(s: State, extent: Extent) -> None:
+    extent.is_open = True
+    s.opening.discard(extent.key)
+    s.publish(extent.owner.word_of_extent(extent.key.extent_idx), extent.generation)
+    for block in extent.backlog:
+        key = (extent.key.content_id, block)
+        if s.waiting.is_wanted(key):
+            s.demand[key] = None
+        else:
+            s.backlog.append(key)
+    extent.backlog.clear()
+
+
+def block_landed(s: State, event: m.BlockLanded) -> None:
+    extent = s.finished(event.extent, event.generation)
+    s.counters.fetched_blocks += 1
+    s.counters.fetched_bytes += event.num_bytes
+    extent.move(event.block, BlockMove.LANDED)
+    s.patience.forget((event.extent.content_id, event.block))
+    s.make_readable(extent, event.block)
+
+
+def block_failed(s: State, event: m.BlockFailed) -> None:
+    extent = s.finished(event.extent, event.generation)
+    extent.move(event.block, BlockMove.FAILED)
+    key = (event.extent.content_id, event.block)
+    if not s.patience.failed(key, event.error, s.now):
+        s.counters.failed_blocks += 1
+        s.fail(key, event.error)
+        return
+    s.counters.retries += 1
+    queue = s.demand if s.waiting.is_wanted(key) else s.hints
+    queue[key] = None
+
+
+def block_checked(s: State, event: m.BlockChecked) -> None:
+    extent = s.finished(event.extent, event.generation)
+    was = extent.state(event.block)
+    extent.move(event.block, BlockMove.SOUND if event.is_sound else BlockMove.ROTTEN)
+    if event.is_sound:
+        s.counters.verified_blocks += 1
+        if was is BlockState.VERIFYING:
+            s.make_readable(extent, event.block)
+    else:
+        s.counters.rotten_blocks += 1
+        s.publish(extent.owner.word_of_block(event.block), 0)
+        key = (event.extent.content_id, event.block)
+        if s.waiting.is_wanted(key):
+            s.demand[key] = None
+    for check, answer in s.waiting.checked(event.extent, event.generation, event.block, event.is_sound):
+        s.check_ended(check)
+        s.actions.append(answer)
+
+
+def capacity_changed(s: State, event: m.CapacityChanged) -> None:
+    s.budget.capacity_bytes = event.capacity_bytes
+
+
+def time_passed(s: State, event: m.TimePassed) -> None:
+    s.patience.time_passed(s.now)
+    for key in [key for key, deadline_s in s.room_deadline_s.items() if deadline_s <= s.now]:
+        s.refuse_for_room(key)

@@ -1,0 +1,147 @@
+"""Events of readers and of people: what they open, want, hint, hold, announce, and that they have gone."""
+
+from __future__ import annotations
+
+from cache.errors import CacheError
+from cache.residency import messages as m
+from cache.residency.blockstate import BlockState
+from cache.residency.budget import release
+from cache.residency.residents import Extent
+from cache.residency.state import State
+from cache.residency.waiting import BlockKey, Check, Want
+
+MAX_HINTS = 65_536
+
+_CAUSES = ("hit", "delayed hit", "disk", "origin")
+"""What a request is said to have waited for: the costliest of its blocks' causes."""
+
+
+def object_opened(s: State, event: m.ObjectOpened) -> None:
+    s.residents.learn(event.object_id).clients.add(event.client_id)
+
+
+def blocks_wanted(s: State, event: m.BlocksWanted) -> None:
+    known = s.residents.objects.get(event.content_id)
+    if known is None or event.end > known.num_blocks:
+        what = "unknown object" if known is None else f"there is no block {event.end - 1} in"
+        error = CacheError(f"{what} {event.content_id}", advice="open the object first, and read within its size")
+        s.actions.append(m.Answer(event.request_id, cause="error", error=error))
+        return
+    extent = s.residents.of_block(event.content_id, event.first)
+    want = Want(event, set(), "hit")
+    for block in range(event.first, event.end):
+        state = extent.state(block) if extent is not None else BlockState.ABSENT
+        if state.is_readable:
+            continue
+        key = (event.content_id, block)
+        want.missing.add(block)
+        want.cause = max(want.cause, _cause(s, key, state, extent), key=_CAUSES.index)
+        if not state.is_busy:
+            s.demand[key] = None
+            s.hints.pop(key, None)
+    if extent is not None:
+        extent.last_use_s = s.now
+    if not want.missing and extent is not None:
+        s.answer(want, extent, m.Answer(event.request_id, extent.generation))
+        return
+    s.counters.delayed_hits += want.cause == "delayed hit"
+    s.waiting.add(want)
+    if extent is not None:
+        extent.num_waiters += 1
+
+
+def _cause(s: State, key: BlockKey, state: BlockState, extent: Extent | None) -> str:
+    if state in (BlockState.VERIFYING, BlockState.UNVERIFIED) or (extent is not None and extent.needs_table):
+        return "disk"
+    is_coming = key in s.demand or s.waiting.is_wanted(key) or (extent is not None and key[1] in extent.backlog)
+    return "delayed hit" if is_coming or state is BlockState.FETCHING else "origin"
+
+
+def want_settled(s: State, event: m.WantSettled) -> None:
+    want = s.waiting.answered.pop(event.request_id, None)
+    if want is not None:
+        s.residents.extents[want.extent].num_waiters -= 1
+    elif event.request_id in s.waiting.wants:
+        s.ended(s.waiting.drop(event.request_id))
+
+
+def blocks_hinted(s: State, event: m.BlocksHinted) -> None:
+    known = s.residents.objects.get(event.content_id)
+    if known is None:
+        return
+    for block in range(max(event.first, 0), min(event.end, known.num_blocks)):
+        if len(s.hints) >= MAX_HINTS:
+            break
+        s.hints[event.content_id, block] = None
+
+
+def check_asked(s: State, event: m.CheckAsked) -> None:
+    extent = s.residents.extents.get(event.extent)
+    check = Check(event, set())
+    if extent is not None and extent.is_open:
+        for block in extent.block_indices:
+            if extent.state(block) in (BlockState.RESIDENT, BlockState.UNVERIFIED):
+                s.check_queue.append((event.extent.content_id, block))
+                check.missing.add(block)
+            elif extent.state(block) in (BlockState.CHECKING, BlockState.VERIFYING):
+                check.missing.add(block)
+    if extent is not None and check.missing:
+        s.waiting.checks[event.request_id] = check
+        extent.num_waiters += 1
+    else:
+        s.actions.append(m.Answer(event.request_id))
+
+
+def extent_held(s: State, event: m.ExtentHeld) -> None:
+    extent = s.residents.current(event.extent, event.generation)
+    ghost = s.budget.ghosts.get((event.extent, event.generation))
+    if extent is not None:
+        extent.holders[event.client_id] += 1
+    elif ghost is not None:
+        ghost.holders[event.client_id] += 1
+
+
+def extent_released(s: State, event: m.ExtentReleased) -> None:
+    extent = s.residents.current(event.extent, event.generation)
+    if extent is not None:
+        release(extent.holders, event.client_id)
+    else:
+        s.budget.let_go(event.extent, event.generation, event.client_id)
+
+
+def client_gone(s: State, event: m.ClientGone) -> None:
+    for extent in s.residents.extents.values():
+        del extent.holders[event.client_id]
+    s.budget.forget_client(event.client_id)
+    for request_id in s.waiting.of_client(event.client_id):
+        s.ended(s.waiting.drop(request_id))
+    for request_id in s.waiting.answered_of(event.client_id):
+        want_settled(s, m.WantSettled(request_id))
+    for check in s.waiting.drop_checks_of(event.client_id):
+        s.check_ended(check)
+    for content_id, known in s.residents.objects.items():
+        if event.client_id in known.clients:
+            known.clients.discard(event.client_id)
+            s.maybe_unused.add(content_id)
+
+
+def order_announced(s: State, event: m.OrderAnnounced) -> None:
+    s.lookahead.announce(event.stream_id, event.visits)
+
+
+def order_advanced(s: State, event: m.OrderAdvanced) -> None:
+    s.lookahead.advance(event.stream_id, event.num_visits)
+
+
+def stream_closed(s: State, event: m.StreamClosed) -> None:
+    s.lookahead.close(event.stream_id)
+
+
+def evict_asked(s: State, event: m.EvictAsked) -> None:
+    known = s.residents.objects.get(event.content_id)
+    if known is None:
+        return
+    for extent in list(s.residents.extents_of(known)):
+        if extent.is_evictable:
+            s.evict(extent)
+    s.maybe_unused.add(event.content_id)

@@ -1,0 +1,184 @@
+"""What the daemon knows at one moment, and the moves that several rooms of the machine need. No I/O, no clock, no decisions of its own.
+
+The rooms: on_readers.py and on_disk.py take events in, pump.py decides what is started next, machine.py is the door. Each is a set of
+functions over this one state; what they want done they append to `actions`.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from dataclasses import dataclass
+
+from cache.blocks import ExtentId, extent_of, extent_span
+from cache.errors import CacheError, CapacityError
+from cache.order.lookahead import Lookahead
+from cache.residency import messages as m
+from cache.residency.budget import INDEX_BYTES_PER_EXTENT, Budget
+from cache.residency.patience import Patience
+from cache.residency.policy import UNKNOWN_USE, EvictionPolicy
+from cache.residency.residents import Extent, Residents
+from cache.residency.slots import EVICTION_WORD, Slots
+from cache.residency.waiting import BlockKey, Check, Waiting, Want
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much may be under way. `max_in_flight`: blocks being fetched or checked (each costs its worker up to a block of memory).
+    `demand_reserve`: of these, how many prefetches leave free for readers that wait."""
+
+    max_in_flight: int = 16
+    demand_reserve: int = 4
+    header_bytes: int = 4096
+
+
+@dataclass
+class Totals:
+    """Totals since the daemon started."""
+
+    fetched_blocks: int = 0
+    fetched_bytes: int = 0
+    demand_fetches: int = 0
+    prefetches: int = 0
+    delayed_hits: int = 0
+    verified_blocks: int = 0
+    rotten_blocks: int = 0
+    retries: int = 0
+    failed_blocks: int = 0
+    evicted_extents: int = 0
+    evicted_bytes: int = 0
+    refused_for_room: int = 0
+
+
+class State:
+    """Tables and queues of one node's cache. `now` and `actions` belong to the step under way."""
+
+    def __init__(
+        self, budget: Budget, limits: Limits, policy: EvictionPolicy, patience: Patience, num_words: int
+    ) -> None:
+        self.budget = budget
+        self.limits = limits
+        self.policy = policy
+        self.patience = patience
+        self.counters = Totals()
+        self.lookahead = Lookahead()
+        self.residents = Residents(Slots(num_words))
+        self.in_flight = 0
+        self.waiting = Waiting()
+        self.demand: OrderedDict[BlockKey, None] = OrderedDict()
+        self.room_deadline_s: dict[BlockKey, float] = {}
+        self.hints: OrderedDict[BlockKey, None] = OrderedDict()
+        self.backlog: deque[BlockKey] = deque()
+        self.opening: set[ExtentId] = set()
+        self.check_queue: deque[BlockKey] = deque()
+        self.no_files_until_s = 0.0
+        self.disk_error: CacheError | None = None
+        self.prefetch_is_stuck = False
+        self.maybe_unused: set[str] = set()
+        self.next_generation = 1
+        self.num_evictions = 0
+        self.now = 0.0
+        self.actions: list[m.Action] = []
+
+    def publish(self, word_idx: int, value: int) -> None:
+        self.actions.append(m.PublishWord(word_idx, value))
+
+    def evict(self, extent: Extent) -> None:
+        """Words to zero, then unlink; the bytes come free now, or when the last reader lets go."""
+        assert extent.num_busy == 0, extent
+        for block in extent.block_indices:
+            if extent.state(block).is_readable:
+                self.publish(extent.owner.word_of_block(block), 0)
+        self.publish(extent.owner.word_of_extent(extent.key.extent_idx), 0)
+        self.num_evictions += 1
+        self.publish(EVICTION_WORD, self.num_evictions)
+        self.actions.append(m.RemoveExtent(extent.key, extent.generation))
+        del self.residents.extents[extent.key]
+        self.opening.discard(extent.key)
+        if extent.holders:
+            self.budget.haunt(extent.key, extent.generation, extent.size_bytes, extent.holders, self.now)
+        else:
+            self.budget.give_back(extent.size_bytes)
+        self.counters.evicted_extents += 1
+        self.counters.evicted_bytes += extent.size_bytes
+        self.lookahead.lost(extent.key)
+        self.maybe_unused.add(extent.key.content_id)
+
+    def make_readable(self, extent: Extent, block: int) -> None:
+        self.publish(extent.owner.word_of_block(block), extent.generation)
+        key = (extent.key.content_id, block)
+        self.demand.pop(key, None)
+        for want, answer in self.waiting.arrived(key, extent.generation):
+            self.ended(want)
+            self.answer(want, extent, answer)
+
+    def answer(self, want: Want, extent: Extent, answer: m.Answer) -> None:
+        extent.last_use_s = self.now
+        extent.num_waiters += 1
+        self.waiting.answered[want.event.request_id] = want
+        self.actions.append(answer)
+
+    def fail(self, key: BlockKey, error: CacheError) -> None:
+        """Everybody who waits for this block is told."""
+        self.patience.forget(key)
+        self.hints.pop(key, None)
+        self.demand.pop(key, None)
+        self.room_deadline_s.pop(key, None)
+        for want, answer in self.waiting.failed(key, error):
+            self.ended(want)
+            self.actions.append(answer)
+
+    def refuse_for_room(self, key: BlockKey) -> None:
+        self.counters.refused_for_room += 1
+        budget = self.budget
+        message = (
+            f"no room for block {key[1]}: {budget.used_bytes} of {budget.capacity_bytes} bytes are used, "
+            f"{budget.held_bytes} of them evicted but still open in readers"
+        )
+        advice = "the reader goes on with the origin; a larger --capacity would keep the block"
+        self.fail(key, CapacityError(message, advice=advice))
+
+    def ended(self, want: Want) -> None:
+        """A want is over: what only it was waiting for is no longer demanded."""
+        extent = self.residents.extents.get(want.extent)
+        if extent is not None:
+            extent.num_waiters -= 1
+            assert extent.num_waiters >= 0, want
+        for block in want.missing:
+            key = (want.event.content_id, block)
+            if not self.waiting.is_wanted(key):
+                self.demand.pop(key, None)
+                self.room_deadline_s.pop(key, None)
+
+    def check_ended(self, check: Check) -> None:
+        extent = self.residents.extents.get(check.event.extent)
+        if extent is not None:
+            extent.num_waiters -= 1
+
+    def finished(self, extent: ExtentId, generation: int) -> Extent:
+        state = self.residents.current(extent, generation)
+        assert state is not None, f"{extent} (generation {generation}) was removed while a worker had a block of it"
+        state.num_busy -= 1
+        self.in_flight -= 1
+        return state
+
+    def maybe_forget(self, content_id: str) -> None:
+        """An object that nobody has open, nobody announced and of which nothing is on disk gives its words back."""
+        known = self.residents.objects.get(content_id)
+        if known is None or known.clients or next(self.residents.extents_of(known), None) is not None:
+            return
+        if not self.lookahead.uses_object(content_id, known.num_extents):
+            for block in range(known.num_blocks):
+                self.hints.pop((content_id, block), None)
+            self.residents.forget(known)
+
+    def size_of(self, content_id: str, extent_idx: int) -> int:
+        """What an extent takes of the budget."""
+        start, end = extent_span(self.residents.objects[content_id].object_id.size_bytes, extent_idx)
+        return self.limits.header_bytes + end - start + INDEX_BYTES_PER_EXTENT
+
+    def next_use(self, key: BlockKey) -> float:
+        return self.next_use_of(ExtentId(key[0], extent_of(key[1])))
+
+    def next_use_of(self, extent: ExtentId) -> float:
+        distance = self.lookahead.next_use(extent)
+        return distance if distance is not None else UNKNOWN_USE
