@@ -18,6 +18,8 @@ from launcher.node.guarded import GuardedProcess
 from launcher.spec import Program, ProgramKind
 
 _RUNNER = str(Path(__file__).with_name("runner.py"))
+_OBSERVER = Path(__file__).with_name("instrument.py")
+"""What watches the rank from within, if it is there (see `runner.py`)."""
 
 
 @dataclass(frozen=True)
@@ -57,19 +59,20 @@ class FreshInterpreter:
         stdout_fd = _open_log(files.stdout_log)
         stderr_fd = _open_log(files.stderr_log)
         try:
-            return GuardedProcess(self.argv(member), env, self._cwd, stdout_fd, stderr_fd)
+            return GuardedProcess(self.argv(member, files), env, self._cwd, stdout_fd, stderr_fd)
         finally:
             os.close(stdout_fd)
             os.close(stderr_fd)
 
-    def argv(self, member: Member) -> list[str]:
+    def argv(self, member: Member, files: RankFiles) -> list[str]:
         """Python programs run under the runner, unbuffered as under torchrun; anything else as it is."""
         args = [arg.replace("${local_rank}", str(member.local_rank)) for arg in self._program.args]
         if self._program.kind is ProgramKind.EXECUTABLE:
             return [self._program.target, *args]
         python = self._program.python or sys.executable
         # The runner is named by its path: `-m launcher.node.runner` would put our package where the user may have a `launcher` of his own.
-        return [python, "-u", _RUNNER, self._program.kind.value, self._program.target, *args]
+        observer = ["--observer", str(_OBSERVER), os.path.abspath(files.directory)] if _OBSERVER.exists() else []
+        return [python, "-u", _RUNNER, *observer, self._program.kind.value, self._program.target, *args]
 
 
 def _open_log(path: str) -> int:

@@ -1,9 +1,14 @@
 """Runs the user's program as `__main__` in this process, as the interpreter would, and writes down the exception that ends it.
 
-Executed by path: `python -u runner.py script|module TARGET [ARGS…]`. Standard library only and nothing of ours is imported, so no module of
-the launcher is in the program's `sys.modules` (people have a `launcher.py` of their own). After `_run_*` has handed over, the program sees
-what it would see under `python -u TARGET`: sys.argv, sys.path[0], `__main__` with its `__file__` and `__spec__`, the interpreter's own
-handling of SystemExit, KeyboardInterrupt, uncaught exceptions, threads and atexit; tests/launcher/test_runner.py compares them one by one.
+Executed by path: `python -u runner.py [--observer FILE ARGUMENT] script|module TARGET [ARGS…]`. Standard library only and nothing
+of ours is imported, so no module of the launcher is in the program's `sys.modules` (people have a `launcher.py` of their own).
+After `_run_*` has handed over, the program sees what it would see under `python -u TARGET`: sys.argv, sys.path[0], `__main__` with
+its `__file__` and `__spec__`, the interpreter's own handling of SystemExit, KeyboardInterrupt, uncaught exceptions, threads and
+atexit; tests/launcher/test_runner.py compares them.
+
+An *observer* is a file of Python that is executed before the program, in a namespace that no import can find, and whose `begin(ARGUMENT)`
+is called then (in a rank, the argument is the rank's directory). What it needs of the program (steps, data loaders) it must hook without
+importing what the program might not want; a fault in it is one line on standard error, never the end of the training.
 
 The record goes to TORCHELASTIC_ERROR_FILE in torch's format, unless the program has written one itself (torch's `@record`).
 """
@@ -134,13 +139,28 @@ def _run_module(target: str, args: list[str]) -> None:
     runpy._run_module_as_main(target)  # type: ignore[attr-defined]
 
 
+def _begin_observer(path: str, argument: str) -> None:
+    try:
+        with io.open_code(path) as file:
+            code = compile(file.read(), path, "exec", dont_inherit=True)
+        namespace = {"__name__": "_railhead_observer", "__file__": path, "__builtins__": sys.modules["builtins"]}
+        exec(code, namespace)
+        namespace["begin"](argument)  # type: ignore[operator]
+    except Exception as error:
+        print(f"launcher: this rank runs unobserved: {type(error).__name__}: {error}", file=sys.stderr)
+
+
 def _main() -> None:
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE", "")
-    kind, target, args = sys.argv[1], sys.argv[2], sys.argv[3:]
+    words = sys.argv[1:]
+    observer = words[1:3] if words[0] == "--observer" else []
+    kind, target, *args = words[3:] if observer else words
     for name, fd in (("stdout", 1), ("stderr", 2)):
         stream = _guard_stream(getattr(sys, name), fd)
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
+    if observer:
+        _begin_observer(*observer)
     try:
         (_run_module if kind == "module" else _run_script)(target, args)
     except SystemExit:

@@ -255,3 +255,21 @@ def test_print_to_a_full_disk_does_not_end_the_training(both: Both) -> None:
     assert result.returncode == 0
     assert (both.directory / "done").exists()
     shutil.rmtree(both.directory, ignore_errors=True)
+
+
+def test_an_observer_runs_before_the_program_and_is_in_no_ones_way(both: Both) -> None:
+    """What counts a rank's steps is loaded this way: the program must not be able to trip over it."""
+    both.write("watch.py", "import sys\ndef begin(argument): print('watching', argument, __name__ in sys.modules)")
+    script = both.write("train.py", SEE_EVERYTHING)
+    plain = both.plain(script, "x")
+    ours = both.under_runner("--observer", str(both.directory / "watch.py"), "a b", "script", script, "x")
+    assert ours.stdout == "watching a b False\n" + plain.stdout
+
+
+@pytest.mark.parametrize("text", ["x = = 1", "def begin(argument): 1/0", "", "raise ImportError('torch')"])
+def test_an_observer_that_fails_costs_one_line_and_not_the_training(both: Both, text: str) -> None:
+    both.write("watch.py", text)
+    script = both.write("train.py", "print('trained')")
+    ours = both.under_runner("--observer", str(both.directory / "watch.py"), "", "script", script)
+    assert (ours.returncode, ours.stdout) == (0, "trained\n")
+    assert ours.stderr.count("\n") == 1 and "unobserved" in ours.stderr
