@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cache.daemon import probe
+from cache.daemon.clients import Clients
 from cache.daemon.config import DaemonConfig, format_bytes
 from cache.daemon.control import Control
-from cache.daemon.sessions import Clients, Session
+from cache.daemon.sessions import Session
 from cache.errors import CacheConfigError
 from cache.store.directory import CacheDirectory, ServingDaemon
 
