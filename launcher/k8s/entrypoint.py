@@ -1,7 +1,8 @@
 """A JobSpec as the command line that makes it again. Pure.
 
 What a manifest runs is the command a person would type on the cluster: `python -m launcher --nnodes 16 … train.py --lr 0.1`. Reading that
-line gives the same JobSpec back (a test holds this for generated specs), so a local run and a rendered one cannot drift apart.
+line gives the same JobSpec back (a test holds this for generated specs), so a local run and a rendered one cannot drift apart. Which flag
+says which field follows from their names: a field that is added to the spec with a flag of its name travels without a word here.
 
 The line goes through a shell once, whatever the submission mode: KubeRay's submitter pastes it unquoted into a bash line, whose words
 `ray job submit` joins again with `shlex.join`; in HTTPMode Ray's job supervisor hands it to a shell as it is.
@@ -9,18 +10,35 @@ The line goes through a shell once, whatever the submission mode: KubeRay's subm
 
 from __future__ import annotations
 
+import enum
 import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, Field, fields, is_dataclass
+from typing import Any
 
 from launcher.errors import SpecError
-from launcher.spec import (
-    DEFAULT_PLACE_TIMEOUT_S,
-    DEFAULT_SHUTDOWN_TIMEOUT_S,
-    JobSpec,
-    LogOptions,
-    ProgramKind,
-    Stream,
-    StreamChoice,
-)
+from launcher.options.table import BY_NAME
+from launcher.spec import JobSpec, ProgramKind, Stream, StreamChoice
+
+NOT_SAID = {
+    "program": "it stands at the end of the line, and its interpreter is the image's",
+    "min_nodes": "--nnodes comes first",
+    "max_nodes": "--nnodes comes first",
+    "nproc_per_node": "it comes second",
+    "logs.show_all": "--show-ranks says it",
+    "cache": "a sidecar, or the node's DaemonSet, is the daemon",
+    "cwd": "the pods have their own",
+    "env": "the pods carry the variables",
+    "local_addr": "it is for one machine alone",
+}
+"""Fields of a JobSpec that no flag of the line carries, and why."""
+FLAG_OF = {
+    "resources.per_node": "resources",
+    "run_id": "rdzv-id",
+    "logs.line_prefix_template": "log-line-prefix-template",
+}
+"""Fields whose flag has another name. Every other field is said by the flag of its own name, so one that is added needs nothing here."""
+_UNITS = ("_s", "_bytes")
 
 
 def entrypoint(spec: JobSpec) -> str:
@@ -46,27 +64,87 @@ def launcher_arguments(spec: JobSpec) -> tuple[str, ...]:
     """
     nodes = f"{spec.min_nodes}" if spec.min_nodes == spec.max_nodes else f"{spec.min_nodes}:{spec.max_nodes}"
     words = ["--nnodes", nodes, "--nproc-per-node", str(spec.nproc_per_node)]
-
-    def add(flag: str, value: object, default: object) -> None:
-        if value != default:
-            words.extend(_flag(flag, _number(value)))
-
-    need = spec.resources
-    add("cpus-per-proc", need.cpus_per_proc, None)
-    add("gpus-per-proc", need.gpus_per_proc, None)
-    if need.per_node:
-        words += _flag("resources", ",".join(f"{name}={_number(amount)}" for name, amount in need.per_node))
-    add("max-restarts", spec.restarts.max_restarts, 0)
-    words += _log_words(spec.logs)
-    add("role", spec.role, "default")
-    add("rdzv-id", spec.run_id, "none")
-    add("master-port", spec.master_port, None)
-    if spec.virtual_local_rank:
-        words.append("--virtual-local-rank")
-    add("shutdown-timeout", spec.shutdown_timeout_s, DEFAULT_SHUTDOWN_TIMEOUT_S)
-    add("place-timeout", spec.place_timeout_s, DEFAULT_PLACE_TIMEOUT_S)
-    add("signals-to-handle", ",".join(spec.signals_to_handle), ",".join(JobSpec.signals_to_handle))
+    for path, value, default in said(spec):
+        if path == "logs.show_ranks" and spec.logs.show_all:
+            words += ["--show-ranks", "all"]
+        elif value != default:
+            words += _words(path, value)
     return (*words, *_program_words(spec))
+
+
+def said(spec: Any, parent: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Path, value and default of every field that a flag says: `("restarts.max_restarts", 3, 0)`."""
+    for field in fields(spec):
+        path, value = f"{parent}{field.name}", getattr(spec, field.name)
+        if path in NOT_SAID:
+            continue
+        if is_dataclass(value) and not isinstance(value, StreamChoice):
+            yield from said(value, f"{path}.")
+        else:
+            yield path, value, _default(field)
+
+
+def flag_of(path: str) -> str | None:
+    """The flag that says this field; None if there is none.
+
+    >>> flag_of("restarts.max_restarts"), flag_of("shutdown_timeout_s"), flag_of("run_id"), flag_of("no_such_thing")
+    ('max-restarts', 'shutdown-timeout', 'rdzv-id', None)
+    """
+    name = FLAG_OF.get(path) or path.rpartition(".")[2]
+    stems = [name, *(name.removesuffix(unit) for unit in _UNITS)]
+    return next((flag for flag in (stem.replace("_", "-") for stem in stems) if flag in BY_NAME), None)
+
+
+def _default(field: Field[Any]) -> Any:
+    if field.default is not MISSING:
+        return field.default
+    return field.default_factory() if field.default_factory is not MISSING else MISSING
+
+
+def _words(path: str, value: Any) -> list[str]:
+    """One flag and its value. Raises SpecError for a field that has no flag: another job would run than was described."""
+    flag = flag_of(path)
+    if flag is None:
+        raise SpecError(
+            f"{path} = {value!r}: no flag of the launcher says this, so a cluster cannot be told",
+            advice="leave it as it is by default",
+        )
+    if value is False and f"no-{flag}" in BY_NAME:
+        return [f"--no-{flag}"]
+    if isinstance(value, bool):
+        return [f"--{flag}"] if value else []
+    text = _text(path, value)
+    # A value that begins with a dash would be read as a flag.
+    return [f"--{flag}={text}"] if text.startswith("-") else [f"--{flag}", text]
+
+
+def _text(path: str, value: Any) -> str:
+    """As `launcher.options.values` reads it."""
+    match value:
+        case None:
+            return "none"
+        case StreamChoice():
+            each = [f"{rank}:{Stream(streams).value}" for rank, streams in value.by_local_rank]
+            return ",".join(each) or str(value.everywhere.value)
+        case enum.Enum():
+            return str(value.value)
+        case frozenset():
+            return ",".join(map(str, sorted(value))) or "none"
+        case Mapping():
+            return _text(path, tuple(value.items()))
+        case tuple():
+            return ",".join(_item(item) for item in value)
+        case float():
+            return repr(value).removesuffix(".0")
+    return str(value)
+
+
+def _item(item: Any) -> str:
+    if isinstance(item, tuple):
+        name, amount = item
+        return f"{name}={_text('', amount)}"
+    # A comma within a text is doubled.
+    return str(item).replace(",", ",,")
 
 
 def _program_words(spec: JobSpec) -> list[str]:
@@ -74,42 +152,3 @@ def _program_words(spec: JobSpec) -> list[str]:
     # A program whose name begins with a dash would be read as a flag.
     end = ["--"] if spec.program.target.startswith("-") else []
     return [*kind[spec.program.kind], *end, spec.program.target, *spec.program.args]
-
-
-def _log_words(logs: LogOptions) -> list[str]:
-    words = []
-    if logs.log_dir is not None:
-        words += _flag("log-dir", logs.log_dir)
-    if logs.show_all:
-        words += ["--show-ranks", "all"]
-    elif logs.show_ranks is not None:
-        words += ["--show-ranks", ",".join(map(str, sorted(logs.show_ranks))) or "none"]
-    for flag, choice in (("redirects", logs.redirects), ("tee", logs.tee)):
-        if choice:
-            words += [f"--{flag}", _streams(choice)]
-    if logs.local_ranks_filter:
-        words += ["--local-ranks-filter", ",".join(map(str, sorted(logs.local_ranks_filter)))]
-    if logs.line_prefix_template is not None:
-        words.append(f"--log-line-prefix-template={logs.line_prefix_template}")
-    for flag, texts in (
-        ("duplicate-stdout-filters", logs.duplicate_stdout_filters),
-        ("duplicate-stderr-filters", logs.duplicate_stderr_filters),
-    ):
-        if texts:
-            words.append(f"--{flag}=" + ",".join(text.replace(",", ",,") for text in texts))
-    return words
-
-
-def _streams(choice: StreamChoice) -> str:
-    if choice.by_local_rank:
-        return ",".join(f"{rank}:{Stream(streams).value}" for rank, streams in choice.by_local_rank)
-    return str(choice.everywhere.value)
-
-
-def _flag(name: str, value: str) -> list[str]:
-    """A value that begins with a dash would be read as a flag."""
-    return [f"--{name}={value}"] if value.startswith("-") else [f"--{name}", value]
-
-
-def _number(value: object) -> str:
-    return repr(value).removesuffix(".0") if isinstance(value, float) else str(value)

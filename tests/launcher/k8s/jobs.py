@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import enum
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, Field, fields, is_dataclass, replace
 from typing import Any
 
 from hypothesis import strategies as st
 
+from launcher.errors import SpecError
+from launcher.k8s.entrypoint import NOT_SAID, flag_of
 from launcher.k8s.manifest import Rendered, render
 from launcher.k8s.options import (
     CACHE_PATH,
@@ -22,6 +28,7 @@ from launcher.k8s.options import (
     SecretVariable,
     Submission,
 )
+from launcher.options.table import BY_NAME
 from launcher.spec import (
     CacheOptions,
     JobSpec,
@@ -100,8 +107,89 @@ _streams = st.one_of(
 )
 
 
+SAMPLES: Mapping[str, Sequence[Any]] = {
+    "signals_to_handle": [("SIGTERM",)],
+    "resources.per_node": [(("rdma", 1.0),)],
+    "logs.redirects": [StreamChoice(Stream.BOTH)],
+    "logs.tee": [StreamChoice(Stream.STDOUT)],
+    "logs.line_prefix_template": ["-[${rank}] "],
+    "logs.show_ranks": [frozenset({0})],
+}
+"""Values of fields whose type does not tell what they may be. A new `str` whose flag lists its words (`auto|none`) needs no entry."""
+
+
+def said_fields(kind: Any = JobSpec, parent: str = "") -> Iterator[tuple[str, Field[Any], Any]]:
+    """Every field that must reach the cluster: path, field and type."""
+    hints = typing.get_type_hints(kind)
+    for one in fields(kind):
+        path = f"{parent}{one.name}"
+        if path in NOT_SAID:
+            continue
+        if is_dataclass(hints[one.name]) and hints[one.name] is not StreamChoice:
+            yield from said_fields(hints[one.name], f"{path}.")
+        else:
+            yield path, one, hints[one.name]
+
+
+def others(path: str, one: Field[Any], kind: Any) -> list[Any]:
+    """Values of this field that are not its default, and that a JobSpec takes."""
+    default = one.default if one.default is not MISSING else None
+    return [
+        value
+        for value in SAMPLES.get(path) or _of_type(path, kind)
+        if value != default and changed(spec(), path, value) is not None
+    ]
+
+
+def changed(base: JobSpec, path: str, value: Any) -> JobSpec | None:
+    """The job with this field changed; None if it then contradicts itself."""
+    first, _, rest = path.partition(".")
+    try:
+        inner = replace(getattr(base, first), **{rest: value}) if rest else value
+        return replace(base, **{first: inner})
+    except SpecError:
+        return None
+
+
+def _of_type(path: str, kind: Any) -> Sequence[Any]:
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        kind = next(one for one in typing.get_args(kind) if one is not type(None))
+    origin = typing.get_origin(kind) or kind
+    if isinstance(origin, type) and issubclass(origin, enum.Enum):
+        return list(origin)
+    words = BY_NAME[flag_of(path) or "role"].metavar.split("|")
+    by_type: dict[Any, Sequence[Any]] = {
+        bool: (True, False),
+        int: (1, 7),
+        float: (0.5, 120.0),
+        str: [word for word in words if word.islower()] or ["x1"],
+        frozenset: (frozenset({0, 2}),),
+        tuple: (("a", "b"),),
+    }
+    return by_type[origin]
+
+
 @st.composite
 def specs(draw: st.DrawFn) -> JobSpec:
+    """Any job. Fields that are not drawn by hand here are drawn by their type, so a new one is tried at once."""
+    one = draw(_specs_by_hand())
+    for path, field_, kind in said_fields():
+        if path not in _BY_HAND:
+            found = draw(st.none() | st.sampled_from(others(path, field_, kind)).map(lambda value: (value,)))
+            one = one if found is None else changed(one, path, found[0]) or one
+    return one
+
+
+_BY_HAND = {
+    *("resources.cpus_per_proc", "resources.gpus_per_proc", "resources.per_node", "restarts.max_restarts"),
+    *("logs.log_dir", "logs.show_ranks", "logs.redirects", "logs.tee", "logs.local_ranks_filter"),
+    *("logs.line_prefix_template", "logs.duplicate_stdout_filters", "role", "run_id", "master_port"),
+    *("virtual_local_rank", "shutdown_timeout_s", "place_timeout_s", "signals_to_handle"),
+}
+
+
+@st.composite
+def _specs_by_hand(draw: st.DrawFn) -> JobSpec:
     least = draw(st.integers(1, 6))
     kind = draw(st.sampled_from(ProgramKind))
     show_all = draw(st.booleans())

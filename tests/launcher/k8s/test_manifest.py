@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import subprocess
-from dataclasses import replace
+from dataclasses import Field, dataclass, replace
 from typing import Any
 
 import pytest
@@ -13,7 +13,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 
 from launcher.errors import SpecError
-from launcher.k8s.entrypoint import entrypoint, launcher_arguments
+from launcher.k8s.entrypoint import entrypoint, flag_of, launcher_arguments
 from launcher.k8s.manifest import render, to_yaml
 from launcher.k8s.options import (
     CacheMode,
@@ -27,8 +27,20 @@ from launcher.k8s.options import (
 )
 from launcher.options.intent import understand
 from launcher.options.parse import parse
-from launcher.spec import JobSpec, LogOptions, Program, ProgramKind, Resources, RestartBudget
-from tests.launcher.k8s.jobs import job, jobs, kube, ray_job, spec, specs, with_sidecar, worker
+from launcher.spec import JobSpec, Program, ProgramKind
+from tests.launcher.k8s.jobs import (
+    changed,
+    job,
+    jobs,
+    kube,
+    others,
+    ray_job,
+    said_fields,
+    spec,
+    specs,
+    with_sidecar,
+    worker,
+)
 from tests.launcher.k8s.schemas import faults
 
 relaxed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
@@ -73,31 +85,28 @@ def test_the_submitters_shell_and_rays_shell_hand_the_arguments_on_unchanged(one
     )
 
 
-def test_every_field_of_a_job_is_known_to_the_entrypoint() -> None:
-    """A field that is added to the spec must be carried over, here and in `specs()`; else clusters would run another job than laptops."""
-    carried = {
-        name for kind in (JobSpec, Program, Resources, RestartBudget, LogOptions) for name in kind.__dataclass_fields__
-    }
-    assert carried == {
-        *(
-            "program",
-            "min_nodes",
-            "max_nodes",
-            "nproc_per_node",
-            "resources",
-            "restarts",
-            "logs",
-            "role",
-            "run_id",
-            "master_port",
-        ),
-        *("virtual_local_rank", "shutdown_timeout_s", "place_timeout_s", "signals_to_handle"),
-        *("kind", "target", "args", "cpus_per_proc", "gpus_per_proc", "per_node", "max_restarts"),
-        *("log_dir", "show_ranks", "show_all", "redirects", "tee", "local_ranks_filter", "line_prefix_template"),
-        *("duplicate_stdout_filters", "duplicate_stderr_filters"),
-        # What the pods have instead: the sidecar, the working directory, variables, addresses and the interpreter of the image.
-        *("cache", "cwd", "env", "local_addr", "python"),
-    }
+@pytest.mark.parametrize(("path", "field", "kind"), [*said_fields()], ids=[path for path, _, _ in said_fields()])
+def test_every_field_of_a_job_reaches_the_cluster(path: str, field: Field[Any], kind: Any) -> None:
+    """Else clusters would run another job than laptops. A new field needs a flag of its name, and nothing here or in launcher.k8s."""
+    assert flag_of(path) is not None, (
+        f"{path} has no flag; name it in launcher.k8s.entrypoint.FLAG_OF, or in NOT_SAID with the reason"
+    )
+    values = others(path, field, kind)
+    assert values, f"no value of {path} is known; give one in tests/launcher/k8s/jobs.py, SAMPLES"
+    for value in values:
+        one = changed(spec(), path, value)
+        assert one is not None
+        assert understand(parse(shlex.split(entrypoint(one))[3:], {}), {}, ".").spec == one
+
+
+def test_a_field_without_a_flag_is_refused_and_not_dropped() -> None:
+    @dataclass(frozen=True)
+    class Wider(JobSpec):
+        moon_phase: str = "new"
+
+    assert entrypoint(Wider(spec().program))
+    with pytest.raises(SpecError, match="moon_phase = 'full': no flag"):
+        entrypoint(Wider(spec().program, moon_phase="full"))
 
 
 def test_the_same_job_renders_to_the_same_bytes() -> None:
