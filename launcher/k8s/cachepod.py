@@ -21,6 +21,7 @@ from launcher.k8s.options import (
     KubeJob,
     Preload,
 )
+from launcher.k8s.peers import peer_arguments, peer_mounts, peer_ports, peer_volumes
 from launcher.k8s.quantity import GIB, format_bytes
 
 SOCKET = f"{SOCKET_FOLDER}/cache.sock"
@@ -64,7 +65,11 @@ def cache_parts(job: KubeJob, env: Sequence[dict[str, Any]], env_from: Sequence[
         )
     return CacheParts(
         init_containers=(*_owners(job), _sidecar(job, env, env_from), *_warmers(job, env, env_from)),
-        volumes=(_data_volume(job), {"name": SOCKET_VOLUME, "emptyDir": {"medium": "Memory", "sizeLimit": "16Mi"}}),
+        volumes=(
+            _data_volume(job),
+            {"name": SOCKET_VOLUME, "emptyDir": {"medium": "Memory", "sizeLimit": "16Mi"}},
+            *peer_volumes(job),
+        ),
         ray_mounts=(
             {"name": SOCKET_VOLUME, "mountPath": SOCKET_FOLDER},
             {"name": DATA_VOLUME, "mountPath": CACHE_PATH, "readOnly": True},
@@ -120,10 +125,11 @@ def _sidecar(job: KubeJob, env: Sequence[dict[str, Any]], env_from: Sequence[dic
             *("--socket", SOCKET),
             *("--metrics", f"0.0.0.0:{CACHE_PORT}"),
             *("--log-format", "json"),
+            *peer_arguments(job),
         ],
         **({"env": list(env)} if env else {}),
         **({"envFrom": list(env_from)} if env_from else {}),
-        "ports": [{"name": "cache-metrics", "containerPort": CACHE_PORT}],
+        "ports": [{"name": "cache-metrics", "containerPort": CACHE_PORT}, *peer_ports(job)],
         "resources": {"requests": requests, "limits": limits},
         # A start verifies the index of what is on disk: seconds for terabytes. Two minutes are beyond any that was seen.
         "startupProbe": {**probe, "periodSeconds": 1, "failureThreshold": 120},
@@ -132,6 +138,7 @@ def _sidecar(job: KubeJob, env: Sequence[dict[str, Any]], env_from: Sequence[dic
         "volumeMounts": [
             {"name": DATA_VOLUME, "mountPath": CACHE_PATH},
             {"name": SOCKET_VOLUME, "mountPath": SOCKET_FOLDER},
+            *peer_mounts(job),
         ],
         "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
     }

@@ -24,6 +24,8 @@ PLURALS: Mapping[str, tuple[str, str]] = {
     "CronJob": ("/apis/batch/v1", "cronjobs"),
     "ServiceAccount": ("/api/v1", "serviceaccounts"),
     "ConfigMap": ("/api/v1", "configmaps"),
+    "Secret": ("/api/v1", "secrets"),
+    "Service": ("/api/v1", "services"),
     "Pod": ("/api/v1", "pods"),
     "Event": ("/api/v1", "events"),
     "Node": ("/api/v1", "nodes"),
@@ -36,6 +38,7 @@ PLURALS: Mapping[str, tuple[str, str]] = {
 _RETRIED = (429, 500, 502, 503, 504)
 _MAX_TRIES = 6
 _TIMEOUT_S = 30.0
+_METADATA_ONLY = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1,application/json"
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,17 @@ class Kube:
 
     def get(self, kind: str, namespace: str, name: str) -> dict[str, Any]:
         return self._request("GET", _path(kind, namespace, name))
+
+    def exists(self, kind: str, namespace: str, name: str) -> bool:
+        """Only its metadata comes here: of a Secret, not its values."""
+        try:
+            self._request("GET", _path(kind, namespace, name), accept=_METADATA_ONLY)
+        except ApiRefused as refusal:
+            # A missing kind is said otherwise than a missing object.
+            if refusal.code == 404 and refusal.details.get("name"):
+                return False
+            raise
+        return True
 
     def list(self, kind: str, namespace: str, **query: str) -> dict[str, Any]:
         """All pages of a list; `query` in the API's spelling (labelSelector, fieldSelector)."""
@@ -165,13 +179,14 @@ class Kube:
         query: Mapping[str, str] | None = None,
         body: Mapping[str, Any] | None = None,
         content_type: str = "application/json",
+        accept: str = "application/json",
     ) -> dict[str, Any]:
         import urllib3
 
         fault: Exception | None = None
         for attempt_idx in range(_MAX_TRIES):
             try:
-                response = self._send(method, path, query or {}, body, content_type, _TIMEOUT_S)
+                response = self._send(method, path, query or {}, body, content_type, _TIMEOUT_S, accept)
                 try:
                     answer: dict[str, Any] = json.loads(response.read() or b"{}")
                 finally:
@@ -200,11 +215,12 @@ class Kube:
         body: Mapping[str, Any] | None,
         content_type: str,
         timeout_s: float,
+        accept: str = "application/json",
     ) -> Any:
         """An open answer. Raises ApiRefused for one that is no success."""
         import urllib3
 
-        headers = {"Accept": "application/json", "Content-Type": content_type, "User-Agent": "railhead"}
+        headers = {"Accept": accept, "Content-Type": content_type, "User-Agent": "railhead"}
         for setting in dict[str, Any](self._configuration.auth_settings()).values():
             if setting["in"] == "header" and setting["value"]:
                 headers[setting["key"]] = setting["value"]

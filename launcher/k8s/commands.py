@@ -19,6 +19,7 @@ from launcher.k8s.helptext import help_text, lookup_help
 from launcher.k8s.manifest import Rendered, to_yaml
 from launcher.k8s.manifest import render as render_job
 from launcher.k8s.options import KubeJob
+from launcher.k8s.pods import needed_secrets
 from launcher.k8s.refusals import ApiRefused, explain
 from launcher.k8s.request import Request, cut, located, to_job, with_job_file
 from launcher.k8s.rules import check
@@ -66,23 +67,24 @@ def submit(argv: Sequence[str]) -> int:
     if not request.texts("namespace"):
         request = _with(request, "namespace", kube.namespace)
     if request.texts("manifest"):
-        objects: tuple[Mapping[str, Any], ...] = (_manifest(request),)
+        one = _manifest(request)
+        rendered = Rendered((one,), needed_secrets=frozenset(needed_secrets(one)))
     else:
         request, package = _packed(_with_fabric(request, kube, screen.say))
         rendered = _render(request)[1]
         for note in rendered.notes:
             screen.say("note", note)
-        objects = rendered.objects
         if package is not None and not request.has("dry-run"):
             verb = "put" if upload(package) else "already"
             screen.say("code", f"code {verb} at {package.uri} ({len(package.data)} bytes)", uri=package.uri)
-    main = objects[-1]
+    main = rendered.main
     name, namespace = main["metadata"]["name"], main["metadata"]["namespace"]
     if request.has("dry-run"):
-        submission.dry_run(kube, objects)
-        screen.say("dry-run", f"the cluster would take {len(objects)} objects; nothing was created")
+        submission.dry_run(kube, rendered)
+        num_objects = len(rendered.objects) + len(rendered.own_secrets)
+        screen.say("dry-run", f"the cluster would take {num_objects} objects; nothing was created")
         return EXIT_OK
-    found = submission.submit(kube, objects)
+    found = submission.submit(kube, rendered)
     verb = "submitted" if found.is_new else "found, submitted before"
     screen.say(
         "submitted", f"{main['kind']} {namespace}/{name} {verb}", name=name, namespace=namespace, is_new=found.is_new

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from launcher.k8s.options import CACHE_PORT, CacheMode, KubeJob
+from launcher.k8s import peers
+from launcher.k8s.options import CACHE_PORT, PEER_PORT, CacheMode, KubeJob
 from launcher.k8s.pods import JOB_LABEL, ROLE_LABEL, service_account
 
 DASHBOARD_PORT = 8265
@@ -39,6 +40,32 @@ def code(job: KubeJob) -> list[dict[str, Any]]:
         return []
     name = f"{job.kube.name}-code"
     return [{"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata(job, name), "data": dict(job.kube.files)}]
+
+
+def peer_service(job: KubeJob) -> list[dict[str, Any]]:
+    """Its name resolves to every worker's address, from the moment that the pod has one: the peers of the cache."""
+    if not job.kube.cache.peers:
+        return []
+    return [
+        {
+            "apiVersion": "v1",
+            "kind": "Service",
+            "metadata": metadata(job, peers.service_name(job)),
+            "spec": {
+                "clusterIP": "None",
+                "publishNotReadyAddresses": True,
+                "selector": {JOB_LABEL: job.kube.name, ROLE_LABEL: "worker"},
+                "ports": [{"name": peers.PORT_NAME, "port": PEER_PORT, "targetPort": peers.PORT_NAME}],
+            },
+        }
+    ]
+
+
+def peer_key(job: KubeJob) -> list[dict[str, Any]]:
+    """The Secret of the job's own, yet without its key."""
+    if not peers.makes_key(job):
+        return []
+    return [{"apiVersion": "v1", "kind": "Secret", "metadata": metadata(job, peers.secret_name(job)), "type": "Opaque"}]
 
 
 def disruption_budget(job: KubeJob) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ from launcher.k8s import extras, pods, schedule
 from launcher.k8s.entrypoint import entrypoint
 from launcher.k8s.fabric import Wiring, wire
 from launcher.k8s.options import CODE_PATH, MAX_CONFIG_BYTES, KubeJob, ScheduleWith, Submission
+from launcher.k8s.peers import check_peers, how_to_make_key
 from launcher.k8s.queues import Queueing, queueing
 from launcher.k8s.releases import requirements, version
 from launcher.k8s.rules import Operator, Violation, check
@@ -35,6 +36,10 @@ class Rendered:
     notes: tuple[str, ...] = ()
     needs_kuberay: str = ""
     """The oldest release that takes it."""
+    own_secrets: tuple[dict[str, Any], ...] = ()
+    """Secrets of the job's own, without their values: whoever creates the job makes those up, and no manifest ever holds them."""
+    needed_secrets: frozenset[str] = frozenset()
+    """Secrets that must be there already."""
 
     @property
     def main(self) -> dict[str, Any]:
@@ -46,9 +51,11 @@ def render(job: KubeJob) -> Rendered:
     """The job's objects. Raises SpecError for what cannot be, with what to do."""
     wiring, queue = wire(job.kube), queueing(job)
     _check_files(job)
+    check_peers(job.kube.cache)
     around = [
         *extras.account(job),
         *extras.code(job),
+        *extras.peer_service(job),
         *extras.disruption_budget(job),
         *extras.network_policy(job),
         *extras.pod_monitor(job),
@@ -63,7 +70,9 @@ def render(job: KubeJob) -> Rendered:
     oldest = max((need.release for one in checked for need in requirements(one)), key=version, default="1.1.0")
     said = [one.message for one in violations if not one.is_fatal]
     notes = (*(text for text in (queue.note, wiring.note) if text), *said, *_notes(job))
-    return Rendered(tuple(objects), notes, oldest)
+    own = tuple(extras.peer_key(job))
+    needed = pods.needed_secrets(checked) - {one["metadata"]["name"] for one in own}
+    return Rendered(tuple(objects), notes, oldest, own, frozenset(needed))
 
 
 def fingerprint(objects: Sequence[dict[str, Any]]) -> str:
@@ -74,7 +83,19 @@ def fingerprint(objects: Sequence[dict[str, Any]]) -> str:
 
 def to_yaml(rendered: Rendered) -> str:
     """The manifests as a file that kubectl applies. The same job gives the same text, byte for byte."""
-    head = [f"# Needs KubeRay {rendered.needs_kuberay} or newer.", *(f"# Note: {note}." for note in rendered.notes)]
+    head = [
+        f"# Needs KubeRay {rendered.needs_kuberay} or newer.",
+        *(f"# Note: {note}." for note in rendered.notes),
+        *(
+            f"# Not in here: Secret {one['metadata']['name']}. `submit` makes it; by hand:\n#   {how_to_make_key(one)}"
+            for one in rendered.own_secrets
+        ),
+        *(
+            [f"# Must be there: Secret {', '.join(sorted(rendered.needed_secrets))}."]
+            if rendered.needed_secrets
+            else []
+        ),
+    ]
     return "\n".join(head) + "\n" + dump(rendered.objects)
 
 

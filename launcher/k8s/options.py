@@ -19,6 +19,8 @@ DEFAULT_RAY_VERSION = "2.60.0"
 """What k8s/Dockerfile installs (a test compares it with constraints.txt). It must be the image's: KubeRay chooses probes by it."""
 CACHE_PORT = 9400
 """Metrics and probes of the cache. Ray's containers take 6379, 8000, 8080, 8265, 10001, 44217, 44227 and 52365, and workers 10002-19999."""
+PEER_PORT = 9401
+"""Where a cache serves its peers."""
 CACHE_PATH = "/railhead/cache"
 SOCKET_FOLDER = "/railhead/run"
 CODE_PATH = "/railhead/code"
@@ -108,6 +110,12 @@ class CacheSettings:
     image: str | None = None
     """None: the job's image, which has both packages."""
     preload: Preload = Preload.NONE
+    peers: bool = False
+    """The sidecars of the job fetch from each other what one of them has fetched."""
+    peer_secret: str | None = None
+    """A Secret with the peers' shared `key`. None: `submit` makes one for the job."""
+    peer_tls_secret: str | None = None
+    """A Secret with tls.crt, tls.key and ca.crt: bytes between nodes are then encrypted. None: they are not."""
 
 
 @dataclass(frozen=True)

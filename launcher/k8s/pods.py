@@ -5,6 +5,7 @@ Container 0 is Ray, whatever else is in the pod: KubeRay reads and writes only t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from launcher.k8s.cachepod import cache_parts
@@ -142,6 +143,30 @@ def user_env(job: KubeJob) -> list[dict[str, Any]]:
 
 def env_from(job: KubeJob) -> list[dict[str, Any]]:
     return [{"secretRef": {"name": name}} for name in job.kube.env_from_secrets]
+
+
+def needed_secrets(node: Any) -> set[str]:
+    """Names of all Secrets without which a pod of these manifests does not start.
+
+    >>> sorted(needed_secrets([{"imagePullSecrets": [{"name": "pull"}]}, {"envFrom": [{"secretRef": {"name": "s3"}}]}]))
+    ['pull', 's3']
+    """
+    found: set[str] = set()
+    if isinstance(node, list | tuple):
+        for item in node:
+            found |= needed_secrets(item)
+    if not isinstance(node, Mapping):
+        return found
+    for key, value in node.items():
+        if key in ("secretRef", "secretKeyRef") and not value.get("optional"):
+            found.add(value["name"])
+        elif key == "secret" and isinstance(value, Mapping) and "secretName" in value and not value.get("optional"):
+            found.add(value["secretName"])
+        elif key == "imagePullSecrets":
+            found |= {one["name"] for one in value}
+        else:
+            found |= needed_secrets(value)
+    return found
 
 
 def _ray_container(

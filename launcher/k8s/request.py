@@ -258,6 +258,9 @@ def _cache(request: Request, *, has_size: bool) -> CacheSettings:
         cpus=get("cache-cpus", default.cpus),
         image=get("cache-image", None),
         preload=get("preload", Preload.NONE),
+        peers=request.has("cache-peers"),
+        peer_secret=get("cache-peer-secret", None),
+        peer_tls_secret=get("cache-peer-tls-secret", None),
     )
 
 

@@ -122,8 +122,8 @@ def _cron_job(job: KubeJob) -> dict[str, Any]:
     spec: dict[str, Any] = {"schedule": job.kube.schedule}
     if job.kube.time_zone is not None:
         spec["timeZone"] = job.kube.time_zone
-    # A controller that was away must not start a night's job at noon; nor two at once.
-    spec |= {"startingDeadlineSeconds": 600}
+    # A controller that was away must not start a night's job at noon; nor may two run at once.
+    spec |= {"startingDeadlineSeconds": 600, "concurrencyPolicy": "Forbid"}
     spec["jobTemplate"] = {"spec": {"backoffLimit": 2, "template": {"spec": pod}}}
     return {
         "apiVersion": "batch/v1",

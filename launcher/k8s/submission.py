@@ -8,13 +8,15 @@ by it, so whoever deletes the job, or dies half-way, leaves nothing lying about;
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from launcher.errors import RequestRefused
+from launcher.errors import LauncherError, RequestRefused
 from launcher.k8s.client import Kube
-from launcher.k8s.manifest import HASH_ANNOTATION
+from launcher.k8s.manifest import HASH_ANNOTATION, Rendered
+from launcher.k8s.peers import KEY
 from launcher.k8s.refusals import ApiRefused, explain
 from launcher.k8s.rules import check_edit
 
@@ -28,9 +30,10 @@ class Submitted:
     """False: an earlier submit had made it already."""
 
 
-def dry_run(kube: Kube, objects: Sequence[Mapping[str, Any]]) -> None:
+def dry_run(kube: Kube, rendered: Rendered) -> None:
     """Asks the API server, its admission and its schemas. Raises LauncherError for the first refusal; creates nothing."""
-    *around, main = objects
+    *around, main = rendered.objects
+    _check_secrets(kube, main["metadata"]["namespace"], rendered.needed_secrets)
     try:
         kube.create(main, dry_run=True)
     except ApiRefused as refusal:
@@ -42,26 +45,58 @@ def dry_run(kube: Kube, objects: Sequence[Mapping[str, Any]]) -> None:
             kube.apply(one, dry_run=True)
         except ApiRefused as refusal:
             raise _explained(refusal, one) from refusal
+    for one in rendered.own_secrets:
+        _make_secret(kube, one, dry_run=True)
 
 
-def submit(kube: Kube, objects: Sequence[Mapping[str, Any]]) -> Submitted:
-    """Creates the objects of a job, the main one last in the list, or finds them there. Raises LauncherError; then nothing new is left."""
-    dry_run(kube, objects)
-    *around, main = objects
+def submit(kube: Kube, rendered: Rendered) -> Submitted:
+    """Creates the objects of a job, or finds them there. Raises LauncherError; then nothing new is left."""
+    dry_run(kube, rendered)
+    *around, main = rendered.objects
     try:
         made, is_new = kube.create(main), True
     except ApiRefused as refusal:
         if refusal.code != 409:
             raise _explained(refusal, main) from refusal
         made, is_new = _existing(kube, main), False
-    for one in around:
-        try:
-            kube.apply(_owned(one, made))
-        except ApiRefused as refusal:
-            if is_new:
-                kube.delete(made["kind"], made["metadata"]["namespace"], made["metadata"]["name"])
-            raise _explained(refusal, one) from refusal
+    try:
+        for one in rendered.own_secrets:
+            _make_secret(kube, _owned(one, made))
+        for one in around:
+            try:
+                kube.apply(_owned(one, made))
+            except ApiRefused as refusal:
+                raise _explained(refusal, one) from refusal
+    except LauncherError:
+        if is_new:
+            kube.delete(made["kind"], made["metadata"]["namespace"], made["metadata"]["name"])
+        raise
     return Submitted(made, is_new)
+
+
+def _make_secret(kube: Kube, one: Mapping[str, Any], *, dry_run: bool = False) -> None:
+    """With a key of its own. One that is there stays as it is: pods that run have read it."""
+    try:
+        kube.create({**one, "stringData": {KEY: secrets.token_hex(32)}}, dry_run=dry_run)
+    except ApiRefused as refusal:
+        if refusal.code != 409:
+            raise _explained(refusal, one) from refusal
+
+
+def _check_secrets(kube: Kube, namespace: str, names: frozenset[str]) -> None:
+    """A pod waits for a missing Secret for ever, and says so in its events only. Who may not look at Secrets is not asked to."""
+    for name in sorted(names):
+        try:
+            is_there = kube.exists("Secret", namespace, name)
+        except ApiRefused as refusal:
+            if refusal.code == 403:
+                return
+            raise explain(refusal, "Secret", name, namespace) from refusal
+        if not is_there:
+            raise RequestRefused(
+                f"there is no Secret {name} in namespace {namespace}, and the pods would wait for it for ever",
+                advice=f"make it, for example: kubectl create secret generic {name} --namespace {namespace} --from-env-file=FILE",
+            )
 
 
 def _existing(kube: Kube, main: Mapping[str, Any]) -> dict[str, Any]:

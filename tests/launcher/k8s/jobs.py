@@ -268,6 +268,7 @@ def jobs(draw: st.DrawFn) -> KubeJob:
                 draw(st.sampled_from(CacheVolume)),
                 storage_class=draw(st.none() | st.just("fast")),
                 preload=draw(st.sampled_from(Preload)) if data else Preload.NONE,
+                peers=mode is CacheMode.SIDECAR and draw(st.booleans()),
             ),
             fabric=fabric,
             fabric_networks=("rail-0", "rail-1") if fabric == "roce" else (),

@@ -251,6 +251,7 @@ def test_an_older_kuberay_gets_no_token_and_rays_own_check_is_switched_off() -> 
 def test_a_schedule_makes_a_cron_job_whose_retries_submit_under_one_name() -> None:
     rendered = render(job(schedule="0 2 * * *", scheduler=Scheduler.KUEUE, queue="night"))
     assert rendered.main["kind"] == "CronJob"
+    assert rendered.main["spec"]["concurrencyPolicy"] == "Forbid"
     container = rendered.main["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"][0]
     assert "$(RUN_NAME)" in container["args"]
     carried = next(one for one in rendered.objects if one["metadata"]["name"] == "resnet-manifest")

@@ -6,29 +6,21 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
+import yaml
 
 from launcher.cli import main
-from launcher.k8s import client
 from launcher.k8s.client import Kube
-from tests.fakes.apiserver import FakeApiServer, serving
+from tests.fakes.apiserver import FakeApiServer
 
+ROOT = Path(__file__).parents[3]
 JOB = ["--name", "resnet", "--image", "reg.example/t:1", "--nnodes", "2", "--nproc-per-node", "8", "--gpus", "8"]
 SUBMIT = ["submit", *JOB, "train.py"]
 LINES = [f"2026-01-01T00:00:0{idx // 3}.{idx % 3}Z step {idx}" for idx in range(9)]
 """Three lines in each second, and two of one time: what the API server repeats after a cut."""
 LINES[4] = LINES[3].split()[0] + " step 4"
-
-
-@pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeApiServer]:
-    with serving(tmp_path) as (state, kubeconfig):
-        monkeypatch.setenv("KUBECONFIG", str(kubeconfig))
-        monkeypatch.setattr(client.time, "sleep", lambda _: None)
-        monkeypatch.setattr(Kube.__init__, "__kwdefaults__", {"sleep": lambda _: None})
-        monkeypatch.chdir(tmp_path)
-        yield state
 
 
 def submitter_pod(
@@ -162,6 +154,49 @@ def test_what_belongs_to_the_job_goes_with_it(server: FakeApiServer, capsys: pyt
     assert not server.objects
     assert main(["stop", "resnet"]) == 0
     assert capsys.readouterr().out.endswith("was not there\n")
+
+
+def asked_rights(server: FakeApiServer) -> set[tuple[str, str, str]]:
+    """Group, resource and verb of every request, as Kubernetes' authorizer names them."""
+    found = set()
+    for line in server.requests:
+        method, path = line.split()
+        url = urlsplit(path)
+        parts = url.path.strip("/").split("/")
+        group = "" if parts[0] == "api" else parts[1]
+        resource, *rest = parts[parts.index("namespaces") + 2 :]
+        if rest[1:] == ["log"]:
+            found.add((group, "pods/log", "get"))
+        elif method == "GET" and not rest:
+            found.add((group, resource, "watch" if "watch=true" in url.query else "list"))
+        elif method == "PATCH":  # server-side apply of what may not be there yet
+            found |= {(group, resource, "patch"), (group, resource, "create")}
+        else:
+            found.add((group, resource, {"GET": "get", "POST": "create", "DELETE": "delete"}[method]))
+    return found
+
+
+def test_the_role_for_users_has_every_right_that_the_commands_use(server: FakeApiServer) -> None:
+    """And reads no Secret: the check for missing ones goes without when it is refused."""
+    (role,) = yaml.safe_load_all((ROOT / "k8s" / "base" / "user-role.yaml").read_text())
+    granted = {
+        (group, resource, verb)
+        for rule in role["rules"]
+        for group in rule["apiGroups"]
+        for resource in rule["resources"]
+        for verb in rule["verbs"]
+    }
+    all_of_it = [*SUBMIT[:-1], "--network-policy", "--pod-monitor", "--cache-capacity", "1TiB", "--cache-peers"]
+    Path("train.py").write_text("print(1)\n")
+    runs_and_ends(server, LINES)
+    assert main([*all_of_it, "--ship", "train.py", "--secret-env", "A=s/k", "train.py"]) == 69
+    server.fail("GET", "/secrets/", code=403)
+    assert main([*all_of_it, "--ship", "train.py", "--secret-env", "A=s/k", "train.py"]) == 0
+    nightly = [*SUBMIT[:2], "nightly", *SUBMIT[3:-1]]
+    assert main([*nightly, "--schedule", "0 2 * * *", "train.py"]) == 0
+    for command in (["status", "resnet"], ["logs", "resnet"], ["list"], ["stop", "resnet"], ["stop", "nightly"]):
+        assert main(command) == 0
+    assert asked_rights(server) - granted <= {("", "secrets", "get"), ("ray.io", "raycronjobs", "delete")}
 
 
 def test_who_may_not_touch_schedules_can_stop_a_job(server: FakeApiServer) -> None:
