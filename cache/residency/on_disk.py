@@ -66,13 +66,11 @@ def _open(s: State, extent: Extent) -> None:
     extent.is_open = True
     s.opening.discard(extent.key)
     s.publish(extent.owner.word_of_extent(extent.key.extent_idx), extent.generation)
-    for block in extent.backlog:
-        key = (extent.key.content_id, block)
-        if s.waiting.is_wanted(key):
-            s.demand[key] = None
-        else:
-            s.backlog.append(key)
+    keys = [(extent.key.content_id, block) for block in extent.backlog]
     extent.backlog.clear()
+    s.demand.update((key, None) for key in keys if s.waiting.is_wanted(key))
+    # First in line: behind others' blocks this file could go for one of theirs before it got anything, and that one for it, without end.
+    s.backlog.extendleft(reversed([key for key in keys if not s.waiting.is_wanted(key)]))
 
 
 def block_landed(s: State, event: m.BlockLanded) -> None:
@@ -109,6 +107,7 @@ def block_checked(s: State, event: m.BlockChecked) -> None:
         s.counters.rotten_blocks += 1
         s.publish(extent.owner.word_of_block(event.block), 0)
         key = (event.extent.content_id, event.block)
+        s.waiting.lost(key)
         if s.waiting.is_wanted(key):
             s.demand[key] = None
     for check, answer in s.waiting.checked(event.extent, event.generation, event.block, event.is_sound):

@@ -169,6 +169,7 @@ class State:
         if not self.lookahead.uses_object(content_id, known.num_extents):
             for block in range(known.num_blocks):
                 self.hints.pop((content_id, block), None)
+                self.patience.forget((content_id, block))
             self.residents.forget(known)
 
     def size_of(self, content_id: str, extent_idx: int) -> int:

@@ -62,6 +62,15 @@ class Waiting:
                 done.append((want, m.Answer(request_id, generation, want.cause)))
         return done
 
+    def lost(self, key: BlockKey) -> None:
+        """A readable block turned out to be rotten: the open wants that counted on it wait for it again."""
+        content_id, block = key
+        for request_id, want in self.wants.items():
+            event = want.event
+            if event.content_id == content_id and event.first <= block < event.end and block not in want.missing:
+                want.missing.add(block)
+                self._by_block.setdefault(key, []).append(request_id)
+
     def failed(self, key: BlockKey, error: CacheError) -> list[tuple[Want, m.Answer]]:
         """A block will not come: every want that misses it ends with the error."""
         request_ids = list(self._by_block.get(key, []))

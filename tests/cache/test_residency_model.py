@@ -17,6 +17,7 @@ from cache.order.lookahead import Lookahead, Visit
 from cache.residency.on_disk import DISK_PAUSE_S
 from cache.residency.patience import COOLING_S, Patience
 from cache.residency.residents import Residents
+from cache.residency.state import State
 from cache.residency.waiting import Waiting
 from tests.models.residency_world import World
 
@@ -75,7 +76,7 @@ def remembered(thing: object) -> dict[str, object]:
             and name not in ("_free", "_cooling_until_s")
         ):
             found[name] = value
-        elif isinstance(value, Residents | Waiting | Patience | Lookahead):
+        elif isinstance(value, State | Residents | Waiting | Patience | Lookahead):
             found |= remembered(value)
     return found
 
@@ -229,6 +230,9 @@ class Histories(RuleBasedStateMachine):
         for client in CLIENTS:
             world.leave(client)
         world.run_until_quiet()
+        # What was hinted while the disk refused files is fetched when it is asked again: only then is there nothing left to do.
+        world.pass_time(COOLING_S + DISK_PAUSE_S + 60)
+        world.run_until_quiet()
         for object_id in OBJECTS:
             world.evict(object_id)
         world.pass_time(COOLING_S + DISK_PAUSE_S + 60)
@@ -244,3 +248,43 @@ Histories.TestCase.settings = settings(
     max_examples=100, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
 )
 TestHistories = Histories.TestCase
+
+
+def test_the_tries_of_a_block_are_forgotten_with_its_object() -> None:
+    """Found by the histories: its reader left, its fetch failed once, and its file made room for another before the next try."""
+    one, two = OBJECTS[0], OBJECTS[1]
+    history = Histories()
+    history.start(capacity=9 << 20, max_files=1, limits=(4, 1), found=[])
+    history.want(client="a", span=(two, 0, 1))
+    history.leave(client="a")
+    history.creation_ends(pick=0, fails=False)
+    history.fetch_ends(pick=0, error=OriginUnavailable("away"))
+    history.want(client="a", span=(one, 0, 1))
+    history.teardown()
+
+
+def test_a_block_that_rots_while_a_request_waits_for_its_neighbour_is_waited_for_too() -> None:
+    """Found by the histories: the request was answered when the neighbour landed, though its other block had gone meanwhile."""
+    two = OBJECTS[1]
+    history = Histories()
+    history.start(capacity=9 << 20, max_files=2, limits=(4, 1), found=[])
+    history.want(client="a", span=(two, 0, 1))
+    history.creation_ends(pick=0, fails=False)
+    history.fetch_ends(pick=0, error=None)
+    history.ask_for_check(client="a", span=(two, 0, 1))
+    history.want(client="a", span=(two, 0, 2))
+    history.check_ends(pick=0, is_sound=False)
+    history.teardown()
+
+
+def test_two_files_in_room_for_one_do_not_push_each_other_out_for_ever() -> None:
+    """Found by the histories: each new file went for the other's before anything was fetched into it."""
+    one, two = OBJECTS[0], OBJECTS[1]
+    history = Histories()
+    history.start(capacity=9 << 20, max_files=1, limits=(2, 1), found=[])
+    history.announce(stream="a/train", window=[(two, 0, 1)])
+    history.close_stream(pick=0)
+    history.want(client="b", span=(one, 0, 1))
+    history.creation_ends(pick=0, fails=False)
+    history.leave(client="b")
+    history.teardown()
