@@ -17,19 +17,23 @@ from launcher.fabric.nccl import parse_version
 
 GIB_SCRIPT = "/usr/local/gib/scripts/set_nccl_env.sh"
 GIB_FOLDER = "/usr/local/gib"
-TCPXO_SCRIPT = "/usr/local/fastrak/lib64/nccl-env-profile.sh"
+TCPXO_SCRIPTS = (
+    "/usr/local/nvidia/lib64/nccl-env-profile.sh",
+    "/usr/local/fastrak/lib64/nccl-env-profile.sh",
+    "/var/lib/tcpxo/lib64/nccl-env-profile.sh",
+)
+"""Where manifests mount it: GKE's guide, GKE's tests, a node itself."""
 AZURE_TOPOLOGY = "/opt/microsoft/ndv5-topo.xml"
 TCPX_PLUGIN = "/usr/local/tcpx"
 
 MARKERS = (
     GIB_SCRIPT,
     GIB_FOLDER,
-    TCPXO_SCRIPT,
+    *TCPXO_SCRIPTS,
     AZURE_TOPOLOGY,
     TCPX_PLUGIN,
     "/home/kubernetes/bin/gib",
     "/home/kubernetes/bin/nvidia/lib64",
-    "/var/lib/tcpxo/lib64/nccl-env-profile.sh",
     "/opt/microsoft/ncv4/topo.xml",
     "/opt/amazon/efa",
     "/opt/amazon/ofi-nccl",
@@ -145,7 +149,7 @@ def _gke(facts: NodeFacts) -> Provider | None:
     if kind.startswith("a3-megagpu"):
         missing = (
             None
-            if markers & {TCPXO_SCRIPT, "/var/lib/tcpxo/lib64/nccl-env-profile.sh"}
+            if markers & set(TCPXO_SCRIPTS)
             else ("the TCPXO plugin is not mounted: NCCL falls back to plain TCP without a word")
         )
         settings = (

@@ -4,7 +4,7 @@ Pure, importing `launcher.spec` and `launcher.errors` only:
     options       KubeJob: the JobSpec, and what the cluster must know besides
     quantity, names, releases     Kubernetes' numbers and names; KubeRay's fields by release
     entrypoint    JobSpec → the command line that makes it again
-    fabric, queues, cachepod, peers, pods, extras, schedule, manifest     KubeJob → objects
+    wiring, fabric, fabric_gke, queues, cachepod, peers, pods, extras, schedule, manifest     KubeJob → objects
     rules, rules_cluster, rules_pod, violation     objects → what the cluster would refuse, or take and never run
     refusals, phases, logcursor     what the cluster answers → sentences, phases, new lines
     jobfile, values     texts → entries and values

@@ -7,13 +7,14 @@ node, where `launcher.fabric` sees the devices, and each comes with its reason t
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from launcher.errors import SpecError
+from launcher.k8s.fabric_gke import gke_rdma, gke_tcpx, gke_tcpxo
 from launcher.k8s.options import KubeOptions
+from launcher.k8s.wiring import Wiring
 
 HUGEPAGES = "hugepages-2Mi"
 EFA_DEVICES = {
@@ -27,23 +28,6 @@ EFA_DEVICES = {
     "p6e-gb200.36xlarge": 4,
 }
 """EFA devices of an instance type, as its device plugin counts them."""
-
-
-@dataclass(frozen=True)
-class Wiring:
-    """What the worker's Ray container and its pod get."""
-
-    resources: Mapping[str, str] = field(default_factory=dict)
-    annotations: Mapping[str, str] = field(default_factory=dict)
-    volumes: tuple[Mapping[str, Any], ...] = ()
-    mounts: tuple[Mapping[str, Any], ...] = ()
-    locks_memory: bool = False
-    """RDMA registers memory: capability IPC_LOCK, which the kernel grants to root only."""
-    privileged: bool = False
-    host_network: bool = False
-    setup: str | None = None
-    """Shell words that run before `ray start` in the same shell, so that Ray and the ranks inherit what they export."""
-    note: str = ""
 
 
 def _none(kube: KubeOptions) -> Wiring:
@@ -98,24 +82,6 @@ def _efa(kube: KubeOptions) -> Wiring:
     )
 
 
-def _gke_rdma(kube: KubeOptions) -> Wiring:
-    networks = [("eth0", "default"), ("eth1", "gvnic-1"), *((f"eth{idx + 2}", f"rdma-{idx}") for idx in range(8))]
-    interfaces = json.dumps([{"interfaceName": name, "network": network} for name, network in networks])
-    folders = {"gke-nvidia": ("nvidia", "/usr/local/nvidia"), "gke-gib": ("gib", "/usr/local/gib")}
-    return Wiring(
-        annotations={"networking.gke.io/default-interface": "eth0", "networking.gke.io/interfaces": interfaces},
-        volumes=tuple(
-            {"name": name, "hostPath": {"path": f"/home/kubernetes/bin/{folder}", "type": "Directory"}}
-            for name, (folder, _) in folders.items()
-        ),
-        mounts=tuple({"name": name, "mountPath": path} for name, (_, path) in folders.items()),
-        setup="source /usr/local/gib/scripts/set_nccl_env.sh && "
-        "export LD_LIBRARY_PATH=/usr/local/nvidia/lib64:/usr/local/gib/lib64:$LD_LIBRARY_PATH",
-        locks_memory=True,
-        note="the node pool must have the networks gvnic-1 and rdma-0 to rdma-7 and the NCCL gIB installer",
-    )
-
-
 def _azure(kube: KubeOptions) -> Wiring:
     """The SR-IOV plugin counts eight `rdma/ib`; the shared-device plugin's resource, named by the user, is taken once."""
     resource, count = (kube.fabric_resource, "1") if kube.fabric_resource else ("rdma/ib", "8")
@@ -137,7 +103,9 @@ FABRICS: Mapping[str, Callable[[KubeOptions], Wiring]] = {
     "roce": _roce,
     "roce-host": _roce_host,
     "efa": _efa,
-    "gke-rdma": _gke_rdma,
+    "gke-rdma": gke_rdma,
+    "gke-tcpxo": gke_tcpxo,
+    "gke-tcpx": gke_tcpx,
     "azure": _azure,
     "oci": _oci,
     "coreweave": _coreweave,
@@ -164,6 +132,15 @@ def wire(kube: KubeOptions) -> Wiring:
     return FABRICS[kube.fabric](kube)
 
 
+_GKE = {
+    "a3-ultragpu": "gke-rdma",
+    "a4-highgpu": "gke-rdma",
+    "a3-megagpu": "gke-tcpxo",
+    "a3-highgpu": "gke-tcpx",
+    "a3-edgegpu": "gke-tcpx",
+}
+
+
 @dataclass(frozen=True)
 class Recognised:
     """A fabric that the nodes show, and by what."""
@@ -188,8 +165,9 @@ def recognise(nodes: Sequence[Mapping[str, Any]], gpu_resource: str) -> Recognis
         kind = labels.get("node.kubernetes.io/instance-type", "")
         if devices.get("vpc.amazonaws.com/efa", "0") != "0" and kind in EFA_DEVICES:
             return Recognised("efa", f"nodes of type {kind} with {devices['vpc.amazonaws.com/efa']} EFA devices", kind)
-        if kind.startswith(("a3-ultragpu", "a4-highgpu")):
-            return Recognised("gke-rdma", f"nodes of type {kind}")
+        gke = next((fabric for start, fabric in _GKE.items() if kind.startswith(start)), None)
+        if gke is not None:
+            return Recognised(gke, f"nodes of type {kind}", kind)
         rdma = next((name for name in sorted(devices) if name.startswith("rdma/") and devices[name] != "0"), None)
         if any(key.startswith("ib.coreweave.cloud/") for key in labels):
             return Recognised("coreweave", "labels ib.coreweave.cloud/…")

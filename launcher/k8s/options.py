@@ -171,7 +171,9 @@ class KubeOptions:
     fabric_resource: str | None = None
     """Name of the RDMA device resource, where the site chose it, like rdma/hca_shared_devices_a."""
     fabric_networks: tuple[str, ...] = ()
-    """Multus attachments (`roce`), one for each NIC."""
+    """One for each NIC: Multus attachments (`roce`), or the node pool's networks (`gke-…`) where they have other names than Google's."""
+    fabric_image: str | None = None
+    """Of the daemon that TCPX and TCPXO need in the pod, to fit the plugin on the nodes. None: the one of Google's manifests."""
     scheduler: Scheduler = Scheduler.NONE
     queue: str | None = None
     topology: str | None = None

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from launcher.k8s.cachepod import cache_parts
-from launcher.k8s.fabric import Wiring
 from launcher.k8s.options import CODE_PATH, DEFAULT_UID, KubeJob
 from launcher.k8s.quantity import MIB, format_bytes, format_cpus
 from launcher.k8s.releases import reaches
+from launcher.k8s.wiring import Wiring
 
 JOB_LABEL = "railhead.dev/job"
 ROLE_LABEL = "railhead.dev/role"
@@ -61,8 +61,9 @@ def worker_template(job: KubeJob, wiring: Wiring, annotations: dict[str, str]) -
     if context:
         ray["securityContext"] = context
     spec: dict[str, Any] = {**_pod(job, wiring), "containers": [ray]}
-    if cache.init_containers:
-        spec["initContainers"] = list(cache.init_containers)
+    before = [*cache.init_containers, *({**one, **_pull_policy(job)} for one in wiring.daemons)]
+    if before:
+        spec["initContainers"] = before
     spec["volumes"] = [shm, *cache.volumes, *map(dict, wiring.volumes), *_job_volumes(job)]
     if wiring.host_network:
         spec |= {"hostNetwork": True, "dnsPolicy": "ClusterFirstWithHostNet"}

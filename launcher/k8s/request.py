@@ -205,6 +205,7 @@ _PLAIN = {
     "fabric": "fabric",
     "fabric-resource": "fabric_resource",
     "fabric-networks": "fabric_networks",
+    "fabric-image": "fabric_image",
     "scheduler": "scheduler",
     "queue": "queue",
     "topology": "topology",

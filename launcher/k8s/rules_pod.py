@@ -34,6 +34,8 @@ QUEUE_LABELS = (
     "ray.io/gang-scheduling-enabled",
     "ray.io/priority-class-name",
 )
+NETWORK_DAEMONS = ("tcpx-daemon", "tcpxo-daemon")
+"""Google's: their probes read a file of their own, and they are known to wait for nobody."""
 SHM_VOLUME = "shared-mem"
 
 
@@ -72,7 +74,8 @@ def check_ray_pod(where: str, template: Mapping[str, Any], *, is_head: bool) -> 
                 "give it another name",
             )
     for container in (*sidecars, *natives):
-        yield from _sidecar_probes(where, container)
+        if container["name"] not in NETWORK_DAEMONS:
+            yield from _sidecar_probes(where, container)
         yield from _sidecar_env(where, container)
     labels = template.get("metadata", {}).get("labels", {})
     for key in QUEUE_LABELS:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from launcher.errors import SpecError
 from launcher.k8s.entrypoint import NOT_SAID, flag_of
+from launcher.k8s.fabric import FABRICS
 from launcher.k8s.manifest import Rendered, render
 from launcher.k8s.options import (
     CACHE_PATH,
@@ -242,7 +243,7 @@ def jobs(draw: st.DrawFn) -> KubeJob:
     data = ("s3://bucket/train",) if mode is not CacheMode.NONE and draw(st.booleans()) else ()
     scheduler = draw(st.sampled_from(Scheduler))
     submission = Submission.SIDECAR if scheduler is Scheduler.KAI else draw(st.sampled_from(Submission))
-    fabric = draw(st.sampled_from(["none", "ib", "roce", "roce-host", "efa", "gke-rdma", "azure", "oci", "coreweave"]))
+    fabric = draw(st.sampled_from(list(FABRICS)))
     schedule = draw(st.none() | st.just("0 2 * * *"))
     return KubeJob(
         base,
