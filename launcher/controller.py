@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 
 from launcher import messages, rundir
+from launcher.checkup import Checkup
 from launcher.cluster.ports import Clock, Cluster, Journal
 from launcher.console import Console
 from launcher.errors import EXIT_INTERNAL, LauncherError
@@ -25,6 +26,8 @@ from launcher.gang.events import (
     CacheFailed,
     CacheServing,
     Event,
+    FabricFound,
+    FabricSurveyed,
     Finish,
     NodeLost,
     Notice,
@@ -129,6 +132,7 @@ class Controller:
         self._ended: set[tuple[int, str]] = set()
         self._output_ended: set[tuple[int, str]] = set()
         self._num_attempts = 0
+        self._checkup = Checkup(spec, run_dir, self.events.put)
 
     def run(self) -> int:
         """To the end of the job; returns the exit code."""
@@ -156,7 +160,10 @@ class Controller:
                 self._output_ended.add((event.attempt, event.node_id))
                 continue
             self._journal.record(event)
-            if isinstance(event, PlacementWaiting | CacheServing | CacheFailed | Notice):
+            if isinstance(event, FabricSurveyed):
+                self._checkup.surveyed(event)
+                continue
+            if isinstance(event, PlacementWaiting | CacheServing | CacheFailed | FabricFound | Notice):
                 self._console.say(messages.notice(event, self._state.history.world))
                 continue
             if isinstance(event, AttemptEnded):
@@ -179,6 +186,7 @@ class Controller:
             self._cluster.open(self._spec, self._run_dir, _Sink(self.events, self._console))
             ended = self._loop()
             self._wait_for_output()
+            self._checkup.close()
             return ended
         except LauncherError as error:
             self._journal.record(JobEnded(error.exit_code, str(error), self._num_attempts, 0.0))
@@ -204,6 +212,7 @@ class Controller:
                 case StartRanks(plan=plan):
                     for node_id in plan.world.node_ids():
                         self._cluster.node(node_id).start_ranks(plan)
+                    self._checkup.started(plan.world)
                 case StopAttempt(attempt=attempt, node_id=node_id, grace_s=grace_s, signum=signum):
                     self._cluster.node(node_id).stop_attempt(attempt, grace_s, signum)
                 case Announce(text=text):

@@ -123,7 +123,11 @@ def to_json(value: object) -> Any:
         case list() | tuple():
             return [to_json(item) for item in value]
     if dataclasses.is_dataclass(value):
-        return {field.name: to_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {
+            field.name: to_json(getattr(value, field.name))
+            for field in dataclasses.fields(value)
+            if field.metadata.get("journal", True)
+        }
     return str(value)
 
 

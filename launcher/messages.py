@@ -9,6 +9,7 @@ from launcher.gang.events import (
     CacheFailed,
     CacheServing,
     ExceptionRecord,
+    FabricFound,
     Failure,
     NodeFailed,
     NodeLost,
@@ -115,8 +116,20 @@ def notice(event: Notices, world: World | None) -> str:
             return f"cache {how} on {hostname(node_id, world)}: {held}"
         case CacheFailed(reason=reason, node_id=node_id):
             return f"no cache on {hostname(node_id, world)}, its ranks read the origin directly: {reason}"
+        case FabricFound(severity=severity, id=id_, hosts=hosts, evidence=evidence, cure=cure):
+            where = f" on {some(hosts)}" if hosts else ""
+            return f"fabric: {severity.lower()} {id_}{where}: {evidence}. To do: {cure}"
         case Notice(text=text, node_id=node_id):
             return f"{hostname(node_id, world)}: {text}" if node_id else text
+
+
+def some(names: Sequence[str], most: int = 4) -> str:
+    """
+    >>> some(["a", "b"]), some("abcdefg")
+    ('a, b', 'a, b, c, d and 3 more')
+    """
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
 
 
 def size(size_bytes: float) -> str:

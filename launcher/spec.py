@@ -17,6 +17,8 @@ DEFAULT_SHUTDOWN_TIMEOUT_S = 30.0
 DEFAULT_PLACE_TIMEOUT_S = 300.0
 MAX_PROCS_PER_NODE = 1024
 """No machine has so many accelerators; a mistyped number must not fill a shared machine with processes."""
+BINDINGS = ("auto", "numa", "none")
+"""What `--bind` takes."""
 DEFAULT_LINE_PREFIX = "[rank${rank}] "
 
 
@@ -191,6 +193,9 @@ class JobSpec:
     """Port of the store, the same for every attempt. None: a fresh free port for each (nothing old can answer there)."""
     virtual_local_rank: bool = False
     """Every rank sees LOCAL_RANK=0 and only its own GPU (`--virtual-local-rank`)."""
+    bind: str = "auto"
+    """What ranks are bound to (`--bind`), one of BINDINGS. `auto`: to the CPUs and the memory beside their GPU, where a node has several
+    memory nodes and every rank a GPU of its own. `numa`: also without GPUs, spread over the memory nodes. `none`: nothing."""
     shutdown_timeout_s: float = DEFAULT_SHUTDOWN_TIMEOUT_S
     """Between the signal to the ranks and SIGKILL (torchrun's default)."""
     place_timeout_s: float = DEFAULT_PLACE_TIMEOUT_S
@@ -228,5 +233,7 @@ class JobSpec:
                 f"--master-port {self.master_port} is not a port",
                 advice="give 1 to 65535, or leave it out for a free one",
             )
+        if self.bind not in BINDINGS:
+            raise SpecError(f"--bind {self.bind}: expected {', '.join(BINDINGS)}")
         if self.shutdown_timeout_s < 0:
             raise SpecError(f"--shutdown-timeout {self.shutdown_timeout_s:g} is negative", advice="0 kills at once")

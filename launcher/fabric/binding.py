@@ -27,6 +27,16 @@ class Binding:
     memory_node: int | None
     reason: str
 
+    def __str__(self) -> str:
+        """
+        >>> str(Binding(0, 0, (0, 1, 2), 0, "GPU 0 is on memory node 0"))
+        'CPUs 0-2, memory of node 0 preferred: GPU 0 is on memory node 0'
+        """
+        if self.cpus is None:
+            return f"not bound: {self.reason}"
+        memory = "" if self.memory_node is None else f", memory of node {self.memory_node} preferred"
+        return f"CPUs {cpu_list(self.cpus)}{memory}: {self.reason}"
+
 
 def visible_gpus(facts: NodeFacts, env: Mapping[str, str]) -> tuple[int, ...]:
     """GPU indices in the order in which CUDA will number them in a rank.
@@ -55,7 +65,13 @@ def bindings(facts: NodeFacts, local_world_size: int, bind: Bind, env: Mapping[s
     if bind == "none":
         return _unbound(local_world_size, gpus, "binding is switched off (--bind none)")
     num_nodes = len(facts.cpus.numa)
+    if bind == "numa" and not gpus:
+        return _spread(facts, local_world_size)
     if bind == "auto":
+        if not gpus:
+            return _unbound(
+                local_world_size, gpus, "no GPU here; --bind numa spreads ranks on CPUs over the memory nodes"
+            )
         if num_nodes == 1:
             return _unbound(local_world_size, gpus, "the machine has one memory node")
         if num_nodes == 0:
@@ -74,6 +90,24 @@ def bindings(facts: NodeFacts, local_world_size: int, bind: Bind, env: Mapping[s
         # Half a binding would crowd some ranks and not the others; all or none.
         why = next(binding.reason for binding in found if binding.cpus is None)
         return _unbound(local_world_size, gpus, f"not every rank can be bound: {why}")
+    return tuple(found)
+
+
+def _spread(facts: NodeFacts, local_world_size: int) -> tuple[Binding, ...]:
+    """Ranks without GPUs: neighbours share a memory node, each node gets as many as the others (one more at most)."""
+    allowed = None if facts.cpus.allowed is None else set(facts.cpus.allowed)
+    usable = [
+        (node.id, cpus)
+        for node in facts.cpus.numa
+        if (cpus := tuple(cpu for cpu in node.cpus or () if allowed is None or cpu in allowed))
+    ]
+    if not usable:
+        return _unbound(local_world_size, (), "the memory nodes of this machine are not known")
+    found = []
+    for local_rank in range(local_world_size):
+        node, cpus = usable[local_rank * len(usable) // local_world_size]
+        reason = f"--bind numa: rank {local_rank} of {local_world_size} over {len(usable)} memory nodes"
+        found.append(Binding(local_rank, None, cpus, node, reason))
     return tuple(found)
 
 

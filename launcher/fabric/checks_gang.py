@@ -25,7 +25,7 @@ def same_machine(views: Sequence[View]) -> list[Finding]:
                 found.append(
                     Finding(
                         "same-machine-twice",
-                        Severity.ERROR,
+                        Severity.INFO if all(view.is_one_machine for view in views) else Severity.ERROR,
                         tuple(hosts),
                         f"{len(hosts)} nodes have the {what} {value}",
                         "two nodes of the gang are one machine: its GPUs would be used twice, NCCL refuses duplicates",

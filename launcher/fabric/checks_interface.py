@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from launcher.fabric import nccl
 from launcher.fabric.findings import Finding, NodeCheck, Severity, View
+from launcher.fabric.interfaces import is_loopback
 
 
 def interface_unknown(view: View) -> list[Finding]:
@@ -83,12 +84,12 @@ def interface_user(view: View) -> list[Finding]:
 
 def node_address(view: View) -> list[Finding]:
     address = view.facts.node_ip
-    if address is None or not address.startswith("127.") or not view.is_multi_node:
+    if address is None or not is_loopback(address) or not view.is_multi_node:
         return []
     return [
         view.finding(
             "node-address-loopback",
-            Severity.ERROR,
+            Severity.INFO if view.is_one_machine else Severity.ERROR,
             f"the node's address is {address}",
             "other nodes cannot connect to it",
             "start Ray with --node-ip-address set to an address that the other nodes reach",

@@ -6,8 +6,19 @@ kept to be shown. A decision with value None is a decision too: left unset, beca
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+
+UserEnv = Mapping[str, str] | Sequence[Mapping[str, str]]
+"""What the user has set: one environment for all nodes, or one for each, in their order."""
+
+
+def of_each_node(user_env: UserEnv, num_nodes: int) -> list[Mapping[str, str]]:
+    """The user's environment of each node."""
+    if isinstance(user_env, Mapping):
+        return [user_env] * num_nodes
+    assert len(user_env) == num_nodes, f"{len(user_env)} environments for {num_nodes} nodes"
+    return list(user_env)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from launcher.fabric.decision import UserEnv
 from launcher.fabric.facts import FactsError, NodeFacts
 from launcher.fabric.findings import Finding, Severity, findings, worst
 from launcher.fabric.interfaces import choose_interface
@@ -85,7 +86,7 @@ def main(
 def examine(
     nodes: Sequence[NodeFacts],
     request: GangRequest,
-    user_env: Mapping[str, str],
+    user_env: UserEnv,
     *,
     extra: Sequence[Finding] = (),
     remark: str = "",

@@ -230,6 +230,8 @@ class Platform:
     is_iommu_passthrough: bool | None = None
     port_range: tuple[int, int] | None = None
     """net.ipv4.ip_local_port_range, both ends included."""
+    boot_id: str | None = None
+    """Names this boot of this kernel: equal for two nodes only if they are one machine."""
     markers: tuple[str, ...] = ()
     """Well-known files and folders of vendors' network plugins that exist here."""
 

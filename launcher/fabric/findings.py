@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
+from launcher.fabric.decision import UserEnv, of_each_node
 from launcher.fabric.facts import NodeFacts
 from launcher.fabric.rules import GangRequest, NodeEnvironment, environment
 
@@ -44,6 +45,8 @@ class View:
     env: NodeEnvironment
     user_env: Mapping[str, str]
     is_multi_node: bool
+    is_one_machine: bool = False
+    """All nodes of the gang are one machine, on which somebody tries things out."""
 
     def finding(self, id: str, severity: Severity, evidence: str, meaning: str, cure: str) -> Finding:
         return Finding(id, severity, (self.facts.hostname,), evidence, meaning, cure)
@@ -54,17 +57,19 @@ GangCheck = Callable[[Sequence[View]], list[Finding]]
 
 
 def findings(
-    nodes: Sequence[NodeFacts], *, request: GangRequest | None = None, user_env: Mapping[str, str] | None = None
+    nodes: Sequence[NodeFacts], *, request: GangRequest | None = None, user_env: UserEnv | None = None
 ) -> list[Finding]:
     """All findings, worst first; the same finding with the same evidence on several nodes is one finding.
 
     `request.num_nodes` may ask for the view of a larger gang than there are facts (the doctor on one machine).
     """
-    env = user_env or {}
+    envs = of_each_node(user_env or {}, len(nodes))
     wanted = request or GangRequest()
+    boots = {facts.platform.boot_id for facts in nodes}
+    is_one_machine = len(nodes) > 1 and len(boots) == 1 and None not in boots
     views = [
-        View(facts, node_env, env, (wanted.num_nodes or len(nodes)) > 1)
-        for facts, node_env in zip(nodes, environment(nodes, wanted, env), strict=True)
+        View(facts, node_env, env, (wanted.num_nodes or len(nodes)) > 1, is_one_machine)
+        for facts, node_env, env in zip(nodes, environment(nodes, wanted, envs), envs, strict=True)
     ]
     node_checks, gang_checks = checks()
     found = [finding for view in views for check in node_checks for finding in check(view)]

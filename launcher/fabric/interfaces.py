@@ -24,7 +24,7 @@ class Interface:
 
 def choose_interface(facts: NodeFacts) -> Interface:
     """The socket interface of one node."""
-    if facts.node_ip is not None and not _is_loopback(facts.node_ip):
+    if facts.node_ip is not None and not is_loopback(facts.node_ip):
         owner = owner_of(facts, facts.node_ip)
         if owner is not None:
             return Interface(owner.name, "owns the address by which the gang reaches this node", facts.node_ip)
@@ -73,8 +73,9 @@ def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
         return None
 
 
-def _is_loopback(text: str) -> bool:
-    address = _address(text)
+def is_loopback(text: str | None) -> bool:
+    """Whether this is an address by which a machine reaches itself alone."""
+    address = _address(text) if text is not None else None
     return address is not None and address.is_loopback
 
 

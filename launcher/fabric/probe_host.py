@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import ctypes.util
 import ipaddress
 import os
 import re
@@ -80,6 +79,7 @@ def read_platform(root: Root) -> Platform:
         is_peer_memory_linked=_peer_memory_linked(modules),
         is_iommu_on=None if iommus is None else bool(iommus),
         is_iommu_passthrough=None if cmdline is None else _is_passthrough(cmdline),
+        boot_id=root.text("proc/sys/kernel/random/boot_id") or None,
         port_range=(int(ports[0]), int(ports[1])) if is_pair else None,
         markers=tuple(path for path in MARKERS if root.exists(path.lstrip("/"))),
     )
@@ -174,7 +174,7 @@ _IfAddrs._fields_ = [
 
 def _getifaddrs() -> dict[str, tuple[str, ...]] | None:
     try:
-        libc = ctypes.CDLL(ctypes.util.find_library("c") or "libc.so.6", use_errno=True)
+        libc = ctypes.CDLL(None, use_errno=True)
         head = ctypes.POINTER(_IfAddrs)()
         if libc.getifaddrs(ctypes.byref(head)) != 0:
             return None

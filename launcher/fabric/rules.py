@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 from launcher.fabric import cloud, nccl
 from launcher.fabric.binding import Bind, Binding, bindings
-from launcher.fabric.decision import Decision, variables, with_user
+from launcher.fabric.decision import Decision, UserEnv, of_each_node, variables, with_user
 from launcher.fabric.facts import HcaPort, NodeFacts
 from launcher.fabric.hcas import HcaChoice, choose
-from launcher.fabric.interfaces import Interface, choose_interface
+from launcher.fabric.interfaces import Interface, choose_interface, is_loopback
 
 GUIDE = "NCCL 2.30 guide and source"
 TORCHRUN = "torchrun's contract"
@@ -74,12 +74,13 @@ class _Case:
     provider: cloud.Provider | None
 
 
-def environment(
-    nodes: Sequence[NodeFacts], request: GangRequest, user_env: Mapping[str, str]
-) -> tuple[NodeEnvironment, ...]:
+def environment(nodes: Sequence[NodeFacts], request: GangRequest, user_env: UserEnv) -> tuple[NodeEnvironment, ...]:
     """The environment of each node, in the order given (which is the order of node ranks)."""
     num_nodes = request.num_nodes if request.num_nodes is not None else len(nodes)
-    return tuple(_of_node(node_rank, facts, request, num_nodes, user_env) for node_rank, facts in enumerate(nodes))
+    return tuple(
+        _of_node(node_rank, facts, request, num_nodes, env)
+        for node_rank, (facts, env) in enumerate(zip(nodes, of_each_node(user_env, len(nodes)), strict=True))
+    )
 
 
 def _of_node(
@@ -108,6 +109,9 @@ def _interface(case: _Case) -> list[Decision]:
     if case.num_nodes == 1:
         why = "all ranks are on one node"
         return [Decision(name, None, why, GUIDE) for name in names]
+    if is_loopback(case.facts.node_ip):
+        why = f"the gang reaches this node at {case.facts.node_ip}: its nodes are one machine"
+        return [Decision(name, None, why, GUIDE) for name in names]
     chosen = case.interface
     if chosen.name is None:
         return [Decision(name, None, chosen.reason, GUIDE) for name in names]
@@ -121,7 +125,12 @@ def _interface(case: _Case) -> list[Decision]:
     exact = nccl.names_value([chosen.name])
     return [
         Decision("NCCL_SOCKET_IFNAME", exact, f"{chosen.name} {chosen.reason}{alone}", GUIDE),
-        Decision("GLOO_SOCKET_IFNAME", chosen.name, f"{chosen.name} {chosen.reason}", TORCH),
+        Decision(
+            "GLOO_SOCKET_IFNAME",
+            chosen.name,
+            f"{chosen.name} {chosen.reason}; gloo alone would take whatever the host's own name resolves to",
+            TORCH,
+        ),
     ]
 
 

@@ -8,11 +8,14 @@ where the fact happened, so that failures on different nodes can be put in order
 from __future__ import annotations
 
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from launcher.errors import EXIT_SIGNAL_BASE
 from launcher.gang.world import NodeInfo, World
 from launcher.spec import Stream
+
+NOT_JOURNALLED = {"journal": False}
+"""For fields that are long and kept elsewhere."""
 
 # --- values ---------------------------------------------------------------------------------------------------------------------------
 
@@ -222,6 +225,32 @@ class CacheFailed:
 
 
 @dataclass(frozen=True)
+class FabricSurveyed:
+    """A node has looked at its GPUs, its network and its limits (`launcher.fabric`)."""
+
+    node_id: str
+    facts: str = field(metadata=NOT_JOURNALLED)
+    """As JSON, for `launcher.fabric.codec`; empty if there are none. Kept in the run directory, so not in the journal."""
+    user_env: tuple[tuple[str, str], ...] = field(default=(), metadata=NOT_JOURNALLED)
+    """What of the ranks' inherited environment bears on the fabric."""
+    took_s: float = 0.0
+    problem: str = ""
+    """Why there are no facts."""
+
+
+@dataclass(frozen=True)
+class FabricFound:
+    """Something is wrong with the machines or the network between them; the page in the run directory says more."""
+
+    severity: str
+    """WARNING or ERROR."""
+    id: str
+    hosts: tuple[str, ...]
+    evidence: str
+    cure: str
+
+
+@dataclass(frozen=True)
 class Notice:
     """Something that a person should read once, in a sentence, with its advice. `node_id` None: the launcher itself."""
 
@@ -229,8 +258,8 @@ class Notice:
     node_id: str | None = None
 
 
-Notices = PlacementWaiting | CacheServing | CacheFailed | Notice
-Event = Fact | Notices
+Notices = PlacementWaiting | CacheServing | CacheFailed | FabricFound | Notice
+Event = Fact | Notices | FabricSurveyed
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,31 @@ class Setting:
     name: str
     value: str
     reason: str
+    source: str = ""
+    """Where the rule comes from (a guide, a manifest), for what is not our own."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A variable that the user has set to something else than we would have; his value stays."""
+
+    name: str
+    value: str
+    ours: str
+    """What we would have set; empty: nothing."""
+    reason: str
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class NodeAdvice:
+    """What a node's hardware asks for, in plain values: whoever looks at hardware (launcher.fabric) is not known here."""
+
+    settings: tuple[Setting, ...] = ()
+    """For each rank of the node, where neither the user nor the gang has a value."""
+    kept: tuple[Kept, ...] = ()
+    bindings: tuple[str, ...] = ()
+    """By local rank: what it is bound to, or why not, in a sentence."""
 
 
 @dataclass(frozen=True)
@@ -35,20 +60,32 @@ class RankPlaces:
     cache_socket: str | None = None
 
 
+NO_ADVICE = NodeAdvice()
+
+
 def settings(
-    spec: JobSpec, plan: AttemptPlan, member: Member, places: RankPlaces, base: Mapping[str, str]
+    spec: JobSpec,
+    plan: AttemptPlan,
+    member: Member,
+    places: RankPlaces,
+    base: Mapping[str, str],
+    advice: NodeAdvice = NO_ADVICE,
 ) -> tuple[Setting, ...]:
     """What is set for this rank on top of `base`, its agent's environment (with `spec.env` already in it).
 
+    What `advice` says comes last: it changes nothing that the user or the gang has set.
+
     Raises NodeError when `--virtual-local-rank` asks for a GPU that CUDA_VISIBLE_DEVICES does not have.
     """
-    return (
+    chosen = (
         *_places_in_the_gang(spec, plan, member),
         *_meeting_point(spec, plan, places),
         *_defaults(member, base),
         *_devices(spec, member, base),
         *_ours(plan, places),
     )
+    taken = {setting.name for setting in chosen}.union(base)
+    return (*chosen, *(setting for setting in advice.settings if setting.name not in taken))
 
 
 def apply(chosen: Sequence[Setting], base: Mapping[str, str]) -> dict[str, str]:
@@ -56,12 +93,23 @@ def apply(chosen: Sequence[Setting], base: Mapping[str, str]) -> dict[str, str]:
     return {**base, **{setting.name: setting.value for setting in chosen}}
 
 
-def account(chosen: Sequence[Setting], base: Mapping[str, str]) -> dict[str, object]:
-    """For people who ask "why is this set?": every setting with its reason, and what was inherited, secrets masked."""
+def account(
+    chosen: Sequence[Setting], base: Mapping[str, str], advice: NodeAdvice = NO_ADVICE, local_rank: int = 0
+) -> dict[str, object]:
+    """For people who ask "why is this set?": every setting with its reason, what was inherited (secrets masked), where a value of theirs
+    differs from ours, and what the rank is bound to."""
     return {
-        "set": [{"name": setting.name, "value": setting.value, "reason": setting.reason} for setting in chosen],
+        "set": [_told(setting.name, setting.value, setting.reason, setting.source) for setting in chosen],
+        "yours": [
+            _told(kept.name, kept.value, kept.reason, kept.source, ours=kept.ours or None) for kept in advice.kept
+        ],
+        "binding": advice.bindings[local_rank] if local_rank < len(advice.bindings) else "not bound",
         "inherited": masked({name: value for name, value in base.items() if name not in {s.name for s in chosen}}),
     }
+
+
+def _told(name: str, value: str, reason: str, source: str, **more: object) -> dict[str, object]:
+    return {"name": name, "value": value, "reason": reason, **({"source": source} if source else {}), **more}
 
 
 def _places_in_the_gang(spec: JobSpec, plan: AttemptPlan, member: Member) -> tuple[Setting, ...]:

@@ -24,6 +24,8 @@ class NodeInfo:
     """Address at which other nodes reach it: MASTER_ADDR if it becomes node rank 0."""
     num_ranks: int
     """How many ranks it takes."""
+    labels: tuple[tuple[str, str], ...] = ()
+    """What the cluster says of where it stands (region, rack, NVLink domain), by the cluster's names."""
 
 
 @dataclass(frozen=True)

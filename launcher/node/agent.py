@@ -36,6 +36,7 @@ from launcher.node.cache_child import CacheChild
 from launcher.node.follow import LogFollower
 from launcher.node.guarded import Gone, GuardedProcess, Report
 from launcher.node.node_attempt import NodeAttempt
+from launcher.node.survey import Survey, is_needed
 from launcher.spec import JobSpec
 
 _CLOSE_TIMEOUT_S = 8.0
@@ -72,6 +73,7 @@ class NodeAgent:
         self._follower = LogFollower(on_log)
         self._attempt: NodeAttempt | None = None
         self._ended: set[int] = set()
+        self._survey = Survey(node, spec, self._base_env, on_event)
         self._cache: CacheChild | None = None
         self._cache_socket: str | None = None
         """Where its ranks find it, also while it is being started again."""
@@ -93,6 +95,8 @@ class NodeAgent:
         strays.adopt()
         self._thread = threading.Thread(target=self._run, name=f"agent-{node.node_id}", daemon=True)
         self._thread.start()
+        if is_needed(spec, spec.max_nodes):
+            self._survey.begin()
         if spec.cache is not None:
             self._post(self._start_cache)
 
@@ -104,11 +108,19 @@ class NodeAgent:
 
     def start_ranks(self, plan: AttemptPlan) -> None:
         """Answered by RanksStarted or NodeFailed; later a RankExited for each rank."""
+        num_nodes = len(plan.world.nodes)
 
         def start(attempt: NodeAttempt) -> None:
-            attempt.start_ranks(plan, self._cache_socket)
+            attempt.start_ranks(plan, self._cache_socket, self._survey)
 
-        self._post(lambda: self._begin(plan.attempt, start))
+        def start_then_look() -> None:
+            self._begin(plan.attempt, start)
+            self._survey.begin()
+
+        if is_needed(self._spec, num_nodes):
+            self._survey.when_over(lambda: self._post(lambda: self._begin(plan.attempt, start)))
+        else:
+            self._post(start_then_look)
 
     def stop_attempt(self, attempt: int, grace_s: float, signum: int) -> None:
         """The signal, grace, SIGKILL. Answered by exactly one AttemptEnded, when nothing of the attempt is alive here; its last output

@@ -56,7 +56,7 @@ class GuardedProcess:
     """One process and its guardian. Not thread-safe: the agent's loop owns it.
 
     Output goes to the two descriptors, which the caller keeps and closes; standard input is inherited. `cwd` may be relative to ours.
-    Raises OSError when not even the guardian can be started.
+    `bind` is `{"cpus": […], "memory_node": n or None}`, see `guardian.bind`. Raises OSError when not even the guardian can be started.
     """
 
     def __init__(
@@ -67,6 +67,7 @@ class GuardedProcess:
         stdout_fd: int,
         stderr_fd: int,
         keep_fds: Sequence[int] = (),
+        bind: Mapping[str, object] | None = None,
     ) -> None:
         self.pid = 0
         self.status: ExitStatus | None = None
@@ -97,6 +98,7 @@ class GuardedProcess:
             "stdout_fd": stdout_fd,
             "stderr_fd": stderr_fd,
             "keep_fds": list(keep_fds),
+            "bind": bind,
         }
         # Blocking, but the guardian reads all of it before it does anything else.
         self._send(job)

@@ -18,6 +18,7 @@ from launcher.node.failure import last_lines, read_exception
 from launcher.node.follow import LogFollower, Source
 from launcher.node.guarded import Exited, Gone, GuardedProcess, Report, Started, StartFailed
 from launcher.node.rank_process import FreshInterpreter, RankFiles
+from launcher.node.survey import Survey
 from launcher.spec import JobSpec, Stream
 
 _DRAIN_S = 0.2
@@ -85,20 +86,22 @@ class NodeAttempt:
         self._watch(self._store, partial(self._store_reports, log_path))
         self._on_event(StoreOpened(self.number, self._node.node_id, address))
 
-    def start_ranks(self, plan: AttemptPlan, cache_socket: str | None) -> None:
+    def start_ranks(self, plan: AttemptPlan, cache_socket: str | None, survey: Survey) -> None:
         if self._is_stopping:
             return
         starter = FreshInterpreter(self._spec.program, self._spec.cwd)
         members = plan.world.members_of(self._node.node_id)
+        advice = survey.advice(len(plan.world.nodes), len(members), os.path.join(self._directory, "nccl_trace_rank_"))
         self._num_to_start = len(members)
         try:
             for member in members:
                 files = RankFiles(os.path.join(self._directory, f"rank_{member.rank}"))
                 places = RankPlaces(self._run_dir, files.error_file, cache_socket)
-                chosen = rank_env.settings(self._spec, plan, member, places, self._base_env)
+                chosen = rank_env.settings(self._spec, plan, member, places, self._base_env, advice.environment)
                 self._make_room(files)
-                files.write_environment(rank_env.account(chosen, self._base_env))
-                process = starter.start(member, rank_env.apply(chosen, self._base_env), files)
+                files.write_environment(rank_env.account(chosen, self._base_env, advice.environment, member.local_rank))
+                binding = advice.binding_of(member.local_rank)
+                process = starter.start(member, rank_env.apply(chosen, self._base_env), files, binding)
                 self._ranks[member.rank] = process
                 self._watch(process, partial(self._rank_reports, member, files))
                 self._follow(member, files)

@@ -54,12 +54,15 @@ class FreshInterpreter:
         self._program = program
         self._cwd = cwd
 
-    def start(self, member: Member, env: Mapping[str, str], files: RankFiles) -> GuardedProcess:
-        """Raises OSError. A log that cannot be opened (full disk) is /dev/null: the rank runs, only its words are lost."""
+    def start(
+        self, member: Member, env: Mapping[str, str], files: RankFiles, bind: Mapping[str, object] | None = None
+    ) -> GuardedProcess:
+        """Raises OSError. `bind`: see GuardedProcess. A log that cannot be opened (full disk) is /dev/null: the rank runs, only its words
+        are lost."""
         stdout_fd = _open_log(files.stdout_log)
         stderr_fd = _open_log(files.stderr_log)
         try:
-            return GuardedProcess(self.argv(member, files), env, self._cwd, stdout_fd, stderr_fd)
+            return GuardedProcess(self.argv(member, files), env, self._cwd, stdout_fd, stderr_fd, bind=bind)
         finally:
             os.close(stdout_fd)
             os.close(stderr_fd)

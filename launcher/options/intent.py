@@ -50,7 +50,7 @@ def understand(line: CommandLine, environ: Mapping[str, str], cwd: str, fresh_id
     min_nodes, max_nodes = read(line, "nnodes", values.parse_nodes, (1, 1))
     if address is None and min_nodes > 1:
         raise _no_cluster_for(line, min_nodes, max_nodes)
-    notes = [*_notes_of_table(line), *_notes_of_place(line, address, max_nodes)]
+    notes = [*_notes_of_table(line), *_notes_of_place(line, address, max_nodes), *_notes_of_binding(line)]
     one: int | str = 1
     asked: tuple[str, ...] = read(line, "carry-env", values.parse_texts, ())
     procs = read(line, "nproc-per-node", values.parse_procs, one)
@@ -74,6 +74,7 @@ def understand(line: CommandLine, environ: Mapping[str, str], cwd: str, fresh_id
         local_addr=(line.text("local-addr") or line.text("master-addr")) if address is None else None,
         master_port=read(line, "master-port", values.parse_port, None),
         virtual_local_rank=line.has("virtual-local-rank"),
+        bind=_read_binding(line),
         shutdown_timeout_s=read(line, "shutdown-timeout", values.parse_amount, _default_grace_s(environ)),
         place_timeout_s=read(line, "place-timeout", values.parse_amount, DEFAULT_PLACE_TIMEOUT_S),
         signals_to_handle=read(line, "signals-to-handle", values.parse_signals, JobSpec.signals_to_handle),
@@ -170,6 +171,18 @@ def _no_cluster_for(line: CommandLine, min_nodes: int, max_nodes: int) -> SpecEr
     )
 
 
+def _read_binding(line: CommandLine) -> str:
+    """`--bind`, or torchrun's flag for it."""
+    theirs = read(line, "numa-binding", values.parse_numa_binding, None)
+    ours = read(line, "bind", values.parse_binding, None)
+    if ours is not None and theirs is not None and ours != "numa":
+        raise SpecError(
+            f"{line.given['bind']} and {line.given['numa-binding']} contradict each other",
+            advice="leave one of them out",
+        )
+    return ours or ("numa" if theirs is not None else "auto")
+
+
 # Output and cache.
 
 
@@ -232,6 +245,13 @@ def _notes_of_credentials(environ: Mapping[str, str], carried: Mapping[str, str]
         for name in _CREDENTIALS
         if environ.get(name) and name not in carried
     ][:1]
+
+
+def _notes_of_binding(line: CommandLine) -> list[str]:
+    given = line.given.get("numa-binding")
+    if given is None or given.value in ("node", "socket"):
+        return []
+    return [f"{given}: ranks are bound to the memory node of their GPU, and share its CPUs; no finer"]
 
 
 def _check_shown_ranks(spec: JobSpec) -> None:

@@ -159,6 +159,14 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option("local-addr", OTHER, "The same.", "HOST"),
     Option("virtual-local-rank", OTHER, "Every rank sees LOCAL_RANK=0 and only its own GPU."),
+    Option(
+        "bind",
+        PLACE,
+        "Bind ranks to CPUs and memory: auto, beside their GPU where a node has several memory nodes; "
+        "numa, also without GPUs; none. [auto]",
+        "auto|numa|none",
+        is_ours=True,
+    ),
     Option("rdzv-backend", TORCHRUN, "", "NAME", note=_RAY_MEETS),
     Option("rdzv-endpoint", TORCHRUN, "", "HOST:PORT", note=_RAY_MEETS),
     Option("rdzv-conf", TORCHRUN, "", "KEY=VALUE,…", note=_RAY_MEETS),
@@ -184,11 +192,10 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(
         "numa-binding",
-        TORCHRUN,
-        "",
-        "MODE",
+        PLACE,
+        "torchrun's flag for --bind numa. exclusive and core-complex bind to the memory node too, no finer.",
+        "node|socket|exclusive|core-complex",
         from_env=False,
-        note="ranks are not bound to CPUs yet; numactl in front of TARGET does it",
     ),
 )
 

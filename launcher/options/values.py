@@ -6,7 +6,7 @@ import math
 import re
 import signal
 
-from launcher.spec import Stream, StreamChoice
+from launcher.spec import BINDINGS, Stream, StreamChoice
 
 PROCS_WISHES = ("auto", "gpu", "cpu")
 
@@ -142,6 +142,21 @@ def parse_resources(text: str) -> tuple[tuple[str, float], ...]:
             raise ValueError(f"each name once, and {name} is there twice")
         found[name] = parse_amount(amount)
     return tuple(found.items())
+
+
+def parse_binding(text: str) -> str:
+    """`--bind`."""
+    if text not in BINDINGS:
+        raise ValueError(" or ".join(BINDINGS))
+    return text
+
+
+def parse_numa_binding(text: str) -> str:
+    """torchrun's `--numa-binding` (torch/numa/binding.py, AffinityMode)."""
+    known = ("node", "socket", "exclusive", "core-complex")
+    if text not in known:
+        raise ValueError(" or ".join(known))
+    return text
 
 
 def parse_signals(text: str) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from launcher.fabric.facts import NodeFacts
-from tests.launcher.fabric.machines import NODE_IP, give_address, lay_out, record
+from tests.launcher.fabric.machines import healthy_facts
 
 
 @pytest.fixture(scope="session")
@@ -17,13 +17,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], NodeFa
 
     def read(name: str) -> NodeFacts:
         if name not in cache:
-            layout = lay_out(name, tmp_path_factory.mktemp(name))
-            netdev = record(name)["expected"]["socket_ifname"] or "mgmt0"
-            if netdev == "mgmt0":
-                layout.write("sys/class/net/mgmt0/operstate", "up\n")
-                layout.write("sys/class/net/mgmt0/mtu", "1500\n")
-            give_address(layout, netdev)
-            cache[name] = layout.probe(node_ip=NODE_IP)
+            cache[name] = healthy_facts(name, tmp_path_factory.mktemp(name))
         return cache[name]
 
     return read

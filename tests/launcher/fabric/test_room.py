@@ -23,7 +23,6 @@ SHELL = {
     "collective",
     "doctor",
     "recorded",
-    "bind_process",
 }
 """Modules that act. All others decide: no files, no sockets, no processes, no clock."""
 
