@@ -1,7 +1,8 @@
 """Objects, extents and blocks: which bytes of an object belong to which unit.
 
-A block (4 MiB, aligned) is what is fetched; an extent (16 blocks, 64 MiB, one local file) is what is evicted. Pure arithmetic: this
-module knows neither disk nor network.
+A block (256 KiB, aligned) is what is resident or not; a fetch brings a run of neighbouring blocks, up to 4 MiB of them; an extent (256
+blocks, 64 MiB, one local file) is what is evicted. Blocks are small so that a sample that is needed now costs its own bytes and not 4 MiB;
+fetches are large where there is time (decisions/0060). Pure arithmetic: this module knows neither disk nor network.
 """
 
 from __future__ import annotations
@@ -10,8 +11,12 @@ import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 
-BLOCK_BYTES = 4 * 1024 * 1024
-BLOCKS_PER_EXTENT = 16
+BLOCK_BYTES = 256 * 1024
+BLOCKS_PER_FETCH = 16
+"""The most that one fetch brings. Beyond 4 MiB a request's latency no longer matters, and its memory and its loss by a cut do."""
+
+FETCH_BYTES = BLOCKS_PER_FETCH * BLOCK_BYTES
+BLOCKS_PER_EXTENT = 256
 EXTENT_BYTES = BLOCK_BYTES * BLOCKS_PER_EXTENT
 
 
@@ -63,6 +68,11 @@ def block_span(size_bytes: int, block_idx: int) -> tuple[int, int]:
     if not 0 <= start < size_bytes:
         raise IndexError(f"block {block_idx} of an object of {size_bytes} bytes")
     return start, min(start + BLOCK_BYTES, size_bytes)
+
+
+def run_span(size_bytes: int, first: int, end: int) -> tuple[int, int]:
+    """Half-open byte range of the blocks [first, end), at least one, within their object."""
+    return block_span(size_bytes, first)[0], block_span(size_bytes, end - 1)[1]
 
 
 def extent_span(size_bytes: int, extent_idx: int) -> tuple[int, int]:

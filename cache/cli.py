@@ -93,7 +93,9 @@ def cli() -> None:
 )
 @click.option("--max-files", default=1_000_000, show_default=True, help="Hard bound on the number of files (inodes).")
 @click.option("--workers", default=2, show_default=True, help="Fetch worker processes.")
-@click.option("--max-in-flight", default=16, show_default=True, help="Blocks of 4 MiB fetched at once.")
+@click.option(
+    "--max-in-flight", default=32, show_default=True, help="Requests to origins at once, of up to 4 MiB each."
+)
 @click.option(
     "--metadata-ttl", default=10.0, show_default=True, help="Seconds for which what HEAD said of an object is believed."
 )

@@ -10,7 +10,7 @@ import threading
 import time
 from typing import Any
 
-from cache.blocks import BLOCK_BYTES, EXTENT_BYTES, num_extents
+from cache.blocks import BLOCK_BYTES, BLOCKS_PER_FETCH, EXTENT_BYTES, num_extents
 from cache.client.door import Door, door_at
 from cache.client.link import OpenExtent
 from cache.client.mapping import MAX_OPEN_EXTENTS, Mapping
@@ -21,7 +21,7 @@ from cache.store.format import HEADER_BYTES
 log = logging.getLogger("railhead.cache.client")
 
 REPORT_EVERY_READS = 1024
-MAX_READAHEAD_BLOCKS = 8
+MAX_READAHEAD_BLOCKS = 8 * BLOCKS_PER_FETCH
 DIRECT_WINDOW_BYTES = 1024 * 1024
 """Small reads past the daemon fetch this much at once: tar headers 512 bytes apart must not cost a request each."""
 
@@ -43,7 +43,7 @@ class CachedObject:
         self._is_closed = False
         self._next_offset = 0
         self._hinted_until = 0
-        self._readahead = 1
+        self._readahead = BLOCKS_PER_FETCH
         self._window: tuple[int, bytes] = (0, b"")
         door.members.add(self)
 

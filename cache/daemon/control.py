@@ -36,8 +36,8 @@ log = logging.getLogger("railhead.cache")
 
 T = TypeVar("T")
 
-NUM_WORDS = 1 << 24
-"""16 M words of 8 bytes: blocks of 64 TiB. Sparse, so unused ones cost nothing."""
+NUM_WORDS = 1 << 26
+"""64 M words of 8 bytes: blocks of 16 TiB. Sparse, so unused ones cost nothing."""
 
 HEARTBEAT_S = 0.5
 
@@ -201,9 +201,9 @@ class Control:
                 future = self._answers.get(request_id)
                 if future is not None and not future.done():
                     future.set_result(action)
-            case m.FetchBlock():
+            case m.FetchBlocks():
                 self._spawn(self.hands.fetch(action))
-            case m.CheckBlock():
+            case m.CheckBlocks():
                 self._spawn(self.hands.check(action))
             case m.CreateExtent():
                 self._spawn(self.hands.create(action))

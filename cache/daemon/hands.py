@@ -13,7 +13,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from cache.blocks import BLOCKS_PER_EXTENT, EXTENT_BYTES, ExtentId, ObjectId, block_span
+from cache.blocks import BLOCKS_PER_EXTENT, ExtentId, ObjectId, run_span
 from cache.daemon import wire
 from cache.daemon.pool import WorkerPool
 from cache.errors import CacheError, CorruptBlock, ObjectChanged, OriginUnavailable
@@ -87,10 +87,10 @@ class Hands:
                 await asyncio.sleep(WORKER_RETRY.base_s)
         return await self.pool.request(request)
 
-    async def fetch(self, action: m.FetchBlock) -> None:
+    async def fetch(self, action: m.FetchBlocks) -> None:
         oid = action.object_id
         extent = ExtentId(oid.content_id, action.extent_idx)
-        start, end = block_span(oid.size_bytes, action.block)
+        start, end = run_span(oid.size_bytes, action.first, action.end)
         request = {
             "op": "fetch",
             "url": oid.url,
@@ -98,34 +98,32 @@ class Hands:
             "start": start,
             "end": end,
             "path": str(self.directory.extent_path(extent, action.generation)),
-            "slot": action.block % BLOCKS_PER_EXTENT,
-            "offset": start - action.extent_idx * EXTENT_BYTES,
+            "slot": action.first % BLOCKS_PER_EXTENT,
         }
         try:
             await self.pool.request(request)
         except CacheError as error:
             if isinstance(error, ObjectChanged):
                 self._on_changed(oid)
-            self._tell(m.BlockFailed(extent, action.generation, action.block, error))
+            self._tell(m.BlocksFailed(extent, action.generation, action.first, action.end, error))
         else:
-            self._tell(m.BlockLanded(extent, action.generation, action.block, end - start))
+            self._tell(m.BlocksLanded(extent, action.generation, action.first, action.end, end - start))
 
-    async def check(self, action: m.CheckBlock) -> None:
+    async def check(self, action: m.CheckBlocks) -> None:
         extent = ExtentId(action.object_id.content_id, action.extent_idx)
-        start, end = block_span(action.object_id.size_bytes, action.block)
+        start, end = run_span(action.object_id.size_bytes, action.first, action.end)
         request = {
             "op": "check",
             "path": str(self.directory.extent_path(extent, action.generation)),
-            "slot": action.block % BLOCKS_PER_EXTENT,
-            "offset": start - action.extent_idx * EXTENT_BYTES,
+            "slot": action.first % BLOCKS_PER_EXTENT,
             "length": end - start,
         }
-        is_sound = False
+        sound = (False,) * (action.end - action.first)
         with contextlib.suppress(CacheError):
-            is_sound = bool((await self._from_worker(request)).header["is_sound"])
-        if not is_sound:
-            log.warning("block %d of %s does not match its checksum: discarded", action.block, action.object_id.url)
-        self._tell(m.BlockChecked(extent, action.generation, action.block, is_sound))
+            sound = tuple(map(bool, (await self._from_worker(request)).header["sound"]))
+        for block in (block for block, is_sound in enumerate(sound, start=action.first) if not is_sound):
+            log.warning("block %d of %s does not match its checksum: discarded", block, action.object_id.url)
+        self._tell(m.BlocksChecked(extent, action.generation, action.first, sound))
 
     def create(self, action: m.CreateExtent) -> Coroutine[Any, Any, None]:
         """Queues the work at once, so that the disk sees files come and go in the machine's order; what is returned waits for it."""

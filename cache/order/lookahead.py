@@ -7,10 +7,10 @@ block worth fetching (nearest first, over all streams) and, for an extent, how f
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
-from cache.blocks import ExtentId, extent_of
+from cache.blocks import BLOCKS_PER_EXTENT, ExtentId, extent_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +41,8 @@ class Lookahead:
     def __init__(self) -> None:
         self._streams: dict[str, _Stream] = {}
         self._uses: dict[ExtentId, dict[str, deque[int]]] = {}
+        self._block_uses: dict[ExtentId, dict[int, int]] = {}
+        """Per extent, how many visits each of its blocks has (by its place within the extent; small ints cost nothing)."""
 
     def announce(self, stream_id: str, visits: Iterable[Visit]) -> None:
         """Appends visits to a stream, which is made when it is new."""
@@ -50,6 +52,9 @@ class Lookahead:
             stream.visits.append(visit)
             for extent in _extents(visit):
                 self._uses.setdefault(extent, {}).setdefault(stream_id, deque()).append(number)
+            for extent, slot in _slots(visit):
+                counts = self._block_uses.setdefault(extent, {})
+                counts[slot] = counts.get(slot, 0) + 1
 
     def advance(self, stream_id: str, num_visits: int) -> None:
         """The first `num_visits` visits since the stream began are behind its reader. Going back or beyond what is announced is ignored."""
@@ -60,6 +65,8 @@ class Lookahead:
             visit = stream.visits.popleft()
             for extent in _extents(visit):
                 self._forget_use(extent, stream_id, stream.position)
+            for extent, slot in _slots(visit):
+                self._forget_block(extent, slot)
             stream.position += 1
         stream.cursor = max(stream.cursor, stream.position)
 
@@ -76,8 +83,9 @@ class Lookahead:
             return None
         return min(numbers[0] - self._streams[stream_id].position for stream_id, numbers in uses.items())
 
-    def next_candidate(self, is_needed: Callable[[str, int], bool]) -> tuple[str, int, float] | None:
-        """The nearest block that `is_needed(content_id, block)` and its distance in visits; None when there is none.
+    def next_candidate(self, is_needed: Callable[[str, int], bool]) -> tuple[Visit, int, float] | None:
+        """The nearest visit with a block that `is_needed(content_id, block)`: the visit, the first such block, and the distance in
+        visits; None when there is none.
 
         The same block is offered again until it is no longer needed.
         """
@@ -90,11 +98,16 @@ class Lookahead:
             visit = stream.visits[distance]
             for block in range(visit.first, visit.end):
                 if is_needed(visit.content_id, block):
-                    return visit.content_id, block, float(distance)
+                    return visit, block, float(distance)
             stream.cursor += 1
 
-    def lost(self, extent: ExtentId) -> None:
-        """An extent left the disk: visits to it are to be offered again."""
+    def is_announced(self, content_id: str, block: int) -> bool:
+        """Whether somebody will visit this very block."""
+        counts = self._block_uses.get(ExtentId(content_id, extent_of(block)))
+        return counts is not None and block % BLOCKS_PER_EXTENT in counts
+
+    def offer_again(self, extent: ExtentId) -> None:
+        """An extent left the disk, or can be written now: visits to it are to be offered again."""
         for stream_id, numbers in self._uses.get(extent, {}).items():
             stream = self._streams[stream_id]
             stream.cursor = min(stream.cursor, numbers[0])
@@ -123,6 +136,22 @@ class Lookahead:
             del uses[stream_id]
             if not uses:
                 del self._uses[extent]
+
+    def _forget_block(self, extent: ExtentId, slot: int) -> None:
+        counts = self._block_uses[extent]
+        if counts[slot] > 1:
+            counts[slot] -= 1
+            return
+        del counts[slot]
+        if not counts:
+            del self._block_uses[extent]
+
+
+def _slots(visit: Visit) -> Iterator[tuple[ExtentId, int]]:
+    for extent in _extents(visit):
+        first = extent.extent_idx * BLOCKS_PER_EXTENT
+        for block in range(max(visit.first, first), min(visit.end, first + BLOCKS_PER_EXTENT)):
+            yield extent, block - first
 
 
 def _extents(visit: Visit) -> Iterable[ExtentId]:

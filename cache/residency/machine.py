@@ -143,12 +143,12 @@ _HANDLERS: dict[type, Callable[[State, Any], None]] = {
     m.StreamClosed: on_readers.stream_closed,
     m.ExtentCreated: on_disk.extent_created,
     m.ExtentFailed: on_disk.extent_failed,
-    m.BlockLanded: on_disk.block_landed,
-    m.BlockFailed: on_disk.block_failed,
-    m.BlockChecked: on_disk.block_checked,
+    m.BlocksLanded: on_disk.blocks_landed,
+    m.BlocksFailed: on_disk.blocks_failed,
+    m.BlocksChecked: on_disk.blocks_checked,
     m.EvictAsked: on_readers.evict_asked,
     m.CapacityChanged: on_disk.capacity_changed,
     m.TimePassed: on_disk.time_passed,
 }
 
-_CHANGES_NO_PREFETCH = (m.BlockChecked, m.BlocksWanted, m.ExtentHeld, m.ObjectOpened, m.CheckAsked)
+_CHANGES_NO_PREFETCH = (m.BlocksChecked, m.BlocksWanted, m.ExtentHeld, m.ObjectOpened, m.CheckAsked)

@@ -130,27 +130,35 @@ class ExtentFailed:
 
 
 @dataclass(frozen=True)
-class BlockLanded:
+class BlocksLanded:
+    """A fetch is over: its blocks [first, end) are in their file."""
+
     extent: ExtentId
     generation: int
-    block: int
+    first: int
+    end: int
     num_bytes: int
 
 
 @dataclass(frozen=True)
-class BlockFailed:
+class BlocksFailed:
+    """A fetch is over, and brought none of its blocks [first, end)."""
+
     extent: ExtentId
     generation: int
-    block: int
+    first: int
+    end: int
     error: CacheError
 
 
 @dataclass(frozen=True)
-class BlockChecked:
+class BlocksChecked:
+    """The blocks from `first` on were read back; `sound` says of each whether it matched its checksum."""
+
     extent: ExtentId
     generation: int
-    block: int
-    is_sound: bool
+    first: int
+    sound: tuple[bool, ...]
 
 
 @dataclass(frozen=True)
@@ -186,9 +194,9 @@ Event = (
     | StreamClosed
     | ExtentCreated
     | ExtentFailed
-    | BlockLanded
-    | BlockFailed
-    | BlockChecked
+    | BlocksLanded
+    | BlocksFailed
+    | BlocksChecked
     | EvictAsked
     | CapacityChanged
     | TimePassed
@@ -225,20 +233,26 @@ class ReadTable:
 
 
 @dataclass(frozen=True)
-class FetchBlock:
+class FetchBlocks:
+    """One request to the origin: the blocks [first, end) of one extent, at most BLOCKS_PER_FETCH."""
+
     object_id: ObjectId
     extent_idx: int
     generation: int
-    block: int
+    first: int
+    end: int
     is_demand: bool
 
 
 @dataclass(frozen=True)
-class CheckBlock:
+class CheckBlocks:
+    """Read the blocks [first, end) of one extent back, at most BLOCKS_PER_FETCH."""
+
     object_id: ObjectId
     extent_idx: int
     generation: int
-    block: int
+    first: int
+    end: int
 
 
 @dataclass(frozen=True)
@@ -251,4 +265,4 @@ class Answer:
     error: CacheError | None = field(default=None)
 
 
-Action = PublishWord | CreateExtent | RemoveExtent | ReadTable | FetchBlock | CheckBlock | Answer
+Action = PublishWord | CreateExtent | RemoveExtent | ReadTable | FetchBlocks | CheckBlocks | Answer

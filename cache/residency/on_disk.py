@@ -66,51 +66,64 @@ def _open(s: State, extent: Extent) -> None:
     extent.is_open = True
     s.opening.discard(extent.key)
     s.publish(extent.owner.word_of_extent(extent.key.extent_idx), extent.generation)
-    keys = [(extent.key.content_id, block) for block in extent.backlog]
+    for block in reversed(extent.backlog):
+        key = (extent.key.content_id, block)
+        queue = s.demand if s.waiting.is_wanted(key) else s.hints
+        queue[key] = None
+        # First in line: behind others' blocks this file could go for one of theirs before it got anything, and that one for it, without
+        # end.
+        queue.move_to_end(key, last=False)
     extent.backlog.clear()
-    s.demand.update((key, None) for key in keys if s.waiting.is_wanted(key))
-    # First in line: behind others' blocks this file could go for one of theirs before it got anything, and that one for it, without end.
-    s.backlog.extendleft(reversed([key for key in keys if not s.waiting.is_wanted(key)]))
+    s.lookahead.offer_again(extent.key)
 
 
-def block_landed(s: State, event: m.BlockLanded) -> None:
+def blocks_landed(s: State, event: m.BlocksLanded) -> None:
     extent = s.finished(event.extent, event.generation)
-    s.counters.fetched_blocks += 1
+    s.counters.fetched_blocks += event.end - event.first
     s.counters.fetched_bytes += event.num_bytes
-    extent.move(event.block, BlockMove.LANDED)
-    s.patience.forget((event.extent.content_id, event.block))
-    s.make_readable(extent, event.block)
+    for block in range(event.first, event.end):
+        extent.move(block, BlockMove.LANDED)
+        s.patience.forget((event.extent.content_id, block))
+        s.make_readable(extent, block)
 
 
-def block_failed(s: State, event: m.BlockFailed) -> None:
+def blocks_failed(s: State, event: m.BlocksFailed) -> None:
     extent = s.finished(event.extent, event.generation)
-    extent.move(event.block, BlockMove.FAILED)
-    key = (event.extent.content_id, event.block)
-    if not s.patience.failed(key, event.error, s.now):
-        s.counters.failed_blocks += 1
-        s.fail(key, event.error)
+    keys = [(event.extent.content_id, block) for block in range(event.first, event.end)]
+    for block in range(event.first, event.end):
+        extent.move(block, BlockMove.FAILED)
+    if not s.patience.failed(keys, event.error, s.now):
+        s.counters.failed_blocks += len(keys)
+        for key in keys:
+            s.fail(key, event.error)
         return
     s.counters.retries += 1
-    queue = s.demand if s.waiting.is_wanted(key) else s.hints
-    queue[key] = None
+    for key in keys:
+        queue = s.demand if s.waiting.is_wanted(key) else s.hints
+        queue[key] = None
 
 
-def block_checked(s: State, event: m.BlockChecked) -> None:
+def blocks_checked(s: State, event: m.BlocksChecked) -> None:
     extent = s.finished(event.extent, event.generation)
-    was = extent.state(event.block)
-    extent.move(event.block, BlockMove.SOUND if event.is_sound else BlockMove.ROTTEN)
-    if event.is_sound:
+    for block, is_sound in enumerate(event.sound, start=event.first):
+        _block_checked(s, extent, block, is_sound)
+
+
+def _block_checked(s: State, extent: Extent, block: int, is_sound: bool) -> None:
+    was = extent.state(block)
+    extent.move(block, BlockMove.SOUND if is_sound else BlockMove.ROTTEN)
+    if is_sound:
         s.counters.verified_blocks += 1
         if was is BlockState.VERIFYING:
-            s.make_readable(extent, event.block)
+            s.make_readable(extent, block)
     else:
         s.counters.rotten_blocks += 1
-        s.publish(extent.owner.word_of_block(event.block), 0)
-        key = (event.extent.content_id, event.block)
+        s.publish(extent.owner.word_of_block(block), 0)
+        key = (extent.key.content_id, block)
         s.waiting.lost(key)
         if s.waiting.is_wanted(key):
             s.demand[key] = None
-    for check, answer in s.waiting.checked(event.extent, event.generation, event.block, event.is_sound):
+    for check, answer in s.waiting.checked(extent.key, extent.generation, block, is_sound):
         s.check_ended(check)
         s.actions.append(answer)
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from cache.blocks import BLOCKS_PER_FETCH
 from cache.errors import CacheError
 from cache.residency import messages as m
 from cache.residency.blockstate import BlockState
 from cache.residency.budget import release
-from cache.residency.residents import Extent
+from cache.residency.residents import Extent, KnownObject
 from cache.residency.state import State
 from cache.residency.waiting import BlockKey, Check, Want
 
-MAX_HINTS = 65_536
+MAX_HINTS = 131_072
+"""Blocks; 32 GiB."""
 
 _CAUSES = ("hit", "delayed hit", "disk", "origin")
 """What a request is said to have waited for: the costliest of its blocks' causes."""
@@ -46,8 +48,21 @@ def blocks_wanted(s: State, event: m.BlocksWanted) -> None:
         return
     s.counters.delayed_hits += want.cause == "delayed hit"
     s.waiting.add(want)
+    if s.lookahead.next_use(want.extent) is None:
+        _hint_around(s, known, event)
     if extent is not None:
         extent.num_waiters += 1
+
+
+def _hint_around(s: State, known: KnownObject, event: m.BlocksWanted) -> None:
+    """Nobody has said what will be read here. Who reads one thing usually reads what is beside it: the rest of the 4 MiB around it come
+    behind what is waited for."""
+    first = event.first // BLOCKS_PER_FETCH * BLOCKS_PER_FETCH
+    end = min(-(-event.end // BLOCKS_PER_FETCH) * BLOCKS_PER_FETCH, known.num_blocks)
+    for block in range(first, end):
+        key = (event.content_id, block)
+        if not event.first <= block < event.end and not s.waiting.is_wanted(key) and len(s.hints) < MAX_HINTS:
+            s.hints[key] = None
 
 
 def _cause(s: State, key: BlockKey, state: BlockState, extent: Extent | None) -> str:

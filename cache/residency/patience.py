@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 from cache.errors import CacheError
 from cache.residency.retry import RetryPolicy
@@ -11,7 +12,7 @@ from cache.residency.waiting import BlockKey
 COOLING_S = 5.0
 """A block that could not be fetched is not prefetched again for this long; a reader that asks for it still makes us try."""
 
-MAX_COOLING = 4096
+MAX_COOLING = 65_536
 
 
 class Patience:
@@ -22,18 +23,20 @@ class Patience:
         self._retry_at_s: dict[BlockKey, float] = {}
         self._cooling_until_s: dict[BlockKey, float] = {}
 
-    def failed(self, key: BlockKey, error: CacheError, now: float) -> bool:
-        """A try failed. True: it will be tried again later; False: it is given up (and cools down)."""
-        attempts = self._attempts.get(key, 0) + 1
+    def failed(self, keys: Sequence[BlockKey], error: CacheError, now: float) -> bool:
+        """A fetch of these blocks failed. True: they will be tried again later; False: they are given up (and cool down)."""
+        attempts = max(self._attempts.get(key, 0) for key in keys) + 1
         delay_s = None
         if error.is_retryable:
             delay_s = self._policy.delay_s(attempts, getattr(error, "retry_after_s", None), self._rng)
         if delay_s is None:
-            self.forget(key)
-            self._cool(key, now)
+            for key in keys:
+                self.forget(key)
+                self._cool(key, now)
             return False
-        self._attempts[key] = attempts
-        self._retry_at_s[key] = now + delay_s
+        for key in keys:
+            self._attempts[key] = attempts
+            self._retry_at_s[key] = now + delay_s
         return True
 
     def forget(self, key: BlockKey) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from functools import partial
 from itertools import islice
 
-from cache.blocks import extent_of
+from cache.blocks import BLOCKS_PER_FETCH, extent_of
 from cache.residency import messages as m
 from cache.residency.blockstate import BlockMove, BlockState
 from cache.residency.budget import STALE_HOLD_S
 from cache.residency.policy import Candidate
 from cache.residency.residents import Extent
+from cache.residency.runs import reach, run_around
 from cache.residency.state import State
 from cache.residency.waiting import BlockKey
 
@@ -22,9 +23,9 @@ def pump(s: State) -> None:
     for key in list(s.demand):
         if s.in_flight >= s.limits.max_in_flight:
             return
-        if s.patience.must_wait(key):
-            continue
-        if _start(s, key, own_next_use=0, is_demand=True):
+        if key not in s.demand or s.patience.must_wait(key):
+            continue  # Not there any more: a run that began before it brings it.
+        if _start_demand(s, key):
             s.demand.pop(key, None)
             s.room_deadline_s.pop(key, None)
     while s.check_queue and s.in_flight < s.limits.max_in_flight:
@@ -37,85 +38,157 @@ def pump(s: State) -> None:
             s.prefetch_is_stuck = True
 
 
+def _start_demand(s: State, key: BlockKey) -> bool:
+    """Takes the next step towards a block that a reader waits for. False: no room now (it stays queued, for a while)."""
+    content_id, block = key
+    extent = s.residents.of_block(content_id, block) or _new_extent(s, key, own_next_use=0, is_demand=True)
+    if extent is None:
+        # One that the disk refuses has been answered by now; one that only lacks room waits.
+        return not s.waiting.is_wanted(key)
+    if not extent.is_open:
+        _await_file(s, extent, block)
+    else:
+        _start_run(s, extent, block, BLOCKS_PER_FETCH, block, is_demand=True)
+    return True
+
+
 def _start_prefetch(s: State) -> bool:
     """Starts one prefetch; False: there is nothing to prefetch, or no room for it."""
-    while s.backlog:
-        key = s.backlog.popleft()
-        if _is_needed(s, *key):
-            return _start(s, key, own_next_use=s.next_use(key), is_demand=False)
-    while ready := [key for key in islice(s.hints, 64) if not s.patience.must_wait(key)][:1]:
+    while ready := [key for key in islice(s.hints, 256) if not s.patience.must_wait(key)][:1]:
         key = ready[0]
-        if not _is_needed(s, *key):
-            del s.hints[key]
-            continue
-        if not _start(s, key, own_next_use=s.next_use(key), is_demand=False):
-            break
+        extent = s.residents.of_block(*key)
+        if (
+            extent is None
+            and _may_prefetch(s, *key)
+            and s.size_of(key[0], extent_of(key[1])) <= s.budget.capacity_bytes
+        ):
+            extent = _new_extent(s, key, s.next_use(key), is_demand=False)
+            if extent is None:
+                break
         del s.hints[key]
-        return True
+        if extent is not None and not extent.is_open:
+            _await_file(s, extent, key[1])
+            return True
+        if extent is not None and _may_come(s, extent, key[1]):
+            _start_run(s, extent, key[1], BLOCKS_PER_FETCH, key[1], is_demand=False)
+            return True
     candidate = s.lookahead.next_candidate(partial(_is_needed, s))
     if candidate is None:
         return False
-    content_id, block, distance = candidate
-    return _start(s, (content_id, block), own_next_use=distance, is_demand=False)
+    visit, block, distance = candidate
+    extent = s.residents.of_block(visit.content_id, block)
+    if extent is None:
+        return _new_extent(s, (visit.content_id, block), distance, is_demand=False) is not None
+    if not extent.is_open:
+        _read_table(s, extent)
+        return True
+    size = reach(distance, visit.end - visit.first)
+    _start_run(s, extent, block, size, min(visit.end, extent.block_indices.stop), is_demand=False)
+    return True
 
 
 def _is_needed(s: State, content_id: str, block: int) -> bool:
-    """Whether a prefetch of this block would do anything now."""
-    key = (content_id, block)
-    if content_id not in s.residents.objects or key in s.demand or s.patience.must_wait(key):
-        return False
-    if s.patience.is_cooling(key, s.now):
+    """Whether something can be done now for an announced block. What waits for its file is offered again once that is there."""
+    if not _may_prefetch(s, content_id, block):
         return False
     extent = s.residents.of_block(content_id, block)
     if extent is None:
         # What can never fit must not stand before what can.
         return s.size_of(content_id, extent_of(block)) <= s.budget.capacity_bytes
     if not extent.is_open:
-        return block not in extent.backlog
+        return extent.needs_table and extent.key not in s.opening
     return extent.state(block) in (BlockState.ABSENT, BlockState.UNVERIFIED)
 
 
-def _start(s: State, key: BlockKey, *, own_next_use: float, is_demand: bool) -> bool:
-    """Takes the next step towards a readable block. False: no room now (a demand stays queued, for a while)."""
-    content_id, block = key
-    extent = s.residents.of_block(content_id, block) or _new_extent(s, key, own_next_use, is_demand)
-    if extent is None:
-        # A demand that the disk refuses has been answered by now; one that only lacks room waits.
-        return is_demand and not s.waiting.is_wanted(key)
-    if not extent.is_open:
-        if extent.needs_table and not extent.backlog:
-            s.opening.add(extent.key)
-            s.actions.append(m.ReadTable(extent.key, extent.generation))
-        if block not in extent.backlog:
-            extent.backlog.append(block)
-    elif extent.state(block) is BlockState.UNVERIFIED:
-        _start_check(s, extent, block)
-    elif extent.state(block) is BlockState.ABSENT:
-        extent.move(block, BlockMove.FETCH)
-        extent.num_busy += 1
-        s.in_flight += 1
-        s.counters.demand_fetches += is_demand
-        s.counters.prefetches += not is_demand
-        oid, idx = extent.owner.object_id, extent.key.extent_idx
-        s.actions.append(m.FetchBlock(oid, idx, extent.generation, block, is_demand))
-    return True
+def _may_prefetch(s: State, content_id: str, block: int) -> bool:
+    """Nobody fetches it on demand, and it has not failed a moment ago."""
+    key = (content_id, block)
+    if content_id not in s.residents.objects or key in s.demand or s.patience.must_wait(key):
+        return False
+    return not s.patience.is_cooling(key, s.now)
+
+
+def _may_come(s: State, extent: Extent, block: int) -> bool:
+    """Whether a prefetch of this block of an open extent would do anything now."""
+    return extent.state(block) in (BlockState.ABSENT, BlockState.UNVERIFIED) and _may_prefetch(
+        s, extent.key.content_id, block
+    )
+
+
+def _start_run(s: State, extent: Extent, block: int, size: int, own_end: int, *, is_demand: bool) -> None:
+    """Starts one fetch (or one check of what was found on disk) of a block and what may come with it."""
+    state, content_id = extent.state(block), extent.key.content_id
+    if state not in (BlockState.ABSENT, BlockState.UNVERIFIED):
+        return
+
+    def may_come(neighbour: int) -> bool:
+        if neighbour not in extent.block_indices or extent.state(neighbour) is not state:
+            return False
+        key = (content_id, neighbour)
+        if s.patience.must_wait(key):
+            return False
+        if is_demand or key in s.demand:
+            return key in s.demand
+        return (key in s.hints or s.lookahead.is_announced(*key)) and not s.patience.is_cooling(key, s.now)
+
+    run = run_around(block, size, own_end, may_come)
+    for neighbour in run:
+        s.hints.pop((content_id, neighbour), None)
+        if s.demand.pop((content_id, neighbour), 0) is None:
+            s.room_deadline_s.pop((content_id, neighbour), None)
+    if state is BlockState.UNVERIFIED:
+        _start_check(s, extent, run)
+        return
+    for neighbour in run:
+        extent.move(neighbour, BlockMove.FETCH)
+    extent.num_busy += 1
+    s.in_flight += 1
+    s.counters.demand_fetches += is_demand
+    s.counters.prefetches += not is_demand
+    oid, idx = extent.owner.object_id, extent.key.extent_idx
+    s.actions.append(m.FetchBlocks(oid, idx, extent.generation, run.start, run.stop, is_demand))
+
+
+def _await_file(s: State, extent: Extent, block: int) -> None:
+    """The block is started once its file is open."""
+    if extent.needs_table:
+        _read_table(s, extent)
+    extent.backlog[block] = None
+
+
+def _read_table(s: State, extent: Extent) -> None:
+    if extent.key not in s.opening:
+        s.opening.add(extent.key)
+        s.actions.append(m.ReadTable(extent.key, extent.generation))
 
 
 def _start_asked_check(s: State, key: BlockKey) -> None:
+    """Checks this block, and those behind it in the queue that follow it on the disk."""
     extent = s.residents.of_block(*key)
     # Since it was asked for, its reader may have gone, or another request may have had it checked.
-    if extent is None or not s.waiting.is_check_wanted(extent.key, key[1]):
+    if extent is None or not _is_check_due(s, extent, key[1]):
         return
-    if extent.state(key[1]) in (BlockState.RESIDENT, BlockState.UNVERIFIED):
-        _start_check(s, extent, key[1])
+    end = key[1] + 1
+    while s.check_queue and s.check_queue[0] == (key[0], end) and end - key[1] < BLOCKS_PER_FETCH:
+        if end not in extent.block_indices or not _is_check_due(s, extent, end):
+            break
+        s.check_queue.popleft()
+        end += 1
+    _start_check(s, extent, range(key[1], end))
 
 
-def _start_check(s: State, extent: Extent, block: int) -> None:
-    extent.move(block, BlockMove.CHECK)
+def _is_check_due(s: State, extent: Extent, block: int) -> bool:
+    is_at_rest = extent.state(block) in (BlockState.RESIDENT, BlockState.UNVERIFIED)
+    return is_at_rest and s.waiting.is_check_wanted(extent.key, block)
+
+
+def _start_check(s: State, extent: Extent, run: range) -> None:
+    for block in run:
+        extent.move(block, BlockMove.CHECK)
     extent.num_busy += 1
     s.in_flight += 1
     oid, idx = extent.owner.object_id, extent.key.extent_idx
-    s.actions.append(m.CheckBlock(oid, idx, extent.generation, block))
+    s.actions.append(m.CheckBlocks(oid, idx, extent.generation, run.start, run.stop))
 
 
 def _new_extent(s: State, key: BlockKey, own_next_use: float, is_demand: bool) -> Extent | None:

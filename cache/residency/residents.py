@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from cache.blocks import (
+    BLOCK_BYTES,
     BLOCKS_PER_EXTENT,
     ExtentId,
     ObjectId,
-    block_span,
     extent_of,
     extent_span,
     num_blocks,
@@ -18,6 +18,10 @@ from cache.blocks import (
 )
 from cache.residency.blockstate import BlockMove, BlockState, moved
 from cache.residency.slots import Slots
+
+STATES = tuple(BlockState)
+CODES = {state: code for code, state in enumerate(STATES)}
+assert STATES[0] is BlockState.ABSENT, "a new extent is a row of zeros"
 
 
 @dataclass
@@ -52,16 +56,18 @@ class Extent:
     generation: int
     size_bytes: int
     last_use_s: float
-    blocks: list[BlockState]
+    codes: bytearray
+    """Each block's state, as its place in STATES: a byte, for there are many."""
     is_open: bool = False
     """False while its file is being made, or while its table has not been read."""
     needs_table: bool = False
     """Found on disk, and nobody has needed to know yet which blocks it holds."""
     holders: Counter[str] = field(default_factory=Counter)
     """Per reader, how many times it was given the file and has not let go of it."""
-    backlog: list[int] = field(default_factory=list)
-    """Blocks to start once the file is open."""
+    backlog: dict[int, None] = field(default_factory=dict)
+    """Blocks to start once the file is open, in the order in which they were asked for."""
     num_busy: int = 0
+    """Fetches and checks of workers under way."""
     num_waiters: int = 0
 
     @property
@@ -73,14 +79,18 @@ class Extent:
     @property
     def block_indices(self) -> range:
         first = self.key.extent_idx * BLOCKS_PER_EXTENT
-        return range(first, first + len(self.blocks))
+        return range(first, first + len(self.codes))
 
     def state(self, block: int) -> BlockState:
-        return self.blocks[block % BLOCKS_PER_EXTENT]
+        return STATES[self.codes[block % BLOCKS_PER_EXTENT]]
 
     def move(self, block: int, move: BlockMove) -> None:
         slot = block % BLOCKS_PER_EXTENT
-        self.blocks[slot] = moved(self.blocks[slot], move, (self.key, block))
+        self.codes[slot] = CODES[moved(STATES[self.codes[slot]], move, (self.key, block))]
+
+    def count(self, states: Iterable[BlockState]) -> int:
+        """Blocks in any of these states."""
+        return sum(self.codes.count(CODES[state]) for state in states)
 
 
 class Residents:
@@ -109,8 +119,8 @@ class Residents:
     def add_extent(self, known: KnownObject, extent_idx: int, generation: int, size_bytes: int, now: float) -> Extent:
         start, end = extent_span(known.object_id.size_bytes, extent_idx)
         key = ExtentId(known.object_id.content_id, extent_idx)
-        blocks = [BlockState.ABSENT] * num_blocks(end - start)
-        extent = self.extents[key] = Extent(key, known, generation, size_bytes, now, blocks)
+        codes = bytearray(num_blocks(end - start))
+        extent = self.extents[key] = Extent(key, known, generation, size_bytes, now, codes)
         return extent
 
     def of_block(self, content_id: str, block: int) -> Extent | None:
@@ -136,12 +146,16 @@ class Residents:
         there = (BlockState.UNVERIFIED, BlockState.VERIFYING, BlockState.RESIDENT, BlockState.CHECKING)
         total = 0
         for extent in self.extents_of(known):
-            for block in extent.block_indices:
-                if extent.needs_table or extent.state(block) in there:
-                    start, end = block_span(known.object_id.size_bytes, block)
-                    total += end - start
+            start, end = extent_span(known.object_id.size_bytes, extent.key.extent_idx)
+            if extent.needs_table:
+                total += end - start
+                continue
+            total += extent.count(there) * BLOCK_BYTES
+            if extent.state(extent.block_indices[-1]) in there:
+                total -= len(extent.codes) * BLOCK_BYTES - (end - start)  # the last block of an object is shorter
         return total
 
     def resident_blocks(self, content_id: str) -> int:
         known = self.objects.get(content_id)
-        return 0 if known is None else sum(s.is_readable for e in self.extents_of(known) for s in e.blocks)
+        readable = [state for state in STATES if state.is_readable]
+        return 0 if known is None else sum(extent.count(readable) for extent in self.extents_of(known))

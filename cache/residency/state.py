@@ -23,12 +23,12 @@ from cache.residency.waiting import BlockKey, Check, Waiting, Want
 
 @dataclass(frozen=True)
 class Limits:
-    """How much may be under way. `max_in_flight`: blocks being fetched or checked (each costs its worker up to a block of memory).
+    """How much may be under way. `max_in_flight`: fetches and checks (each costs its worker up to 4 MiB of memory).
     `demand_reserve`: of these, how many prefetches leave free for readers that wait."""
 
-    max_in_flight: int = 16
-    demand_reserve: int = 4
-    header_bytes: int = 4096
+    max_in_flight: int = 32
+    demand_reserve: int = 8
+    header_bytes: int = 8192
 
 
 @dataclass
@@ -38,7 +38,9 @@ class Totals:
     fetched_blocks: int = 0
     fetched_bytes: int = 0
     demand_fetches: int = 0
+    """Requests to the origin that a reader waited for."""
     prefetches: int = 0
+    """Requests ahead of a reader."""
     delayed_hits: int = 0
     verified_blocks: int = 0
     rotten_blocks: int = 0
@@ -67,7 +69,6 @@ class State:
         self.demand: OrderedDict[BlockKey, None] = OrderedDict()
         self.room_deadline_s: dict[BlockKey, float] = {}
         self.hints: OrderedDict[BlockKey, None] = OrderedDict()
-        self.backlog: deque[BlockKey] = deque()
         self.opening: set[ExtentId] = set()
         self.check_queue: deque[BlockKey] = deque()
         self.no_files_until_s = 0.0
@@ -100,7 +101,7 @@ class State:
             self.budget.give_back(extent.size_bytes)
         self.counters.evicted_extents += 1
         self.counters.evicted_bytes += extent.size_bytes
-        self.lookahead.lost(extent.key)
+        self.lookahead.offer_again(extent.key)
         self.maybe_unused.add(extent.key.content_id)
 
     def make_readable(self, extent: Extent, block: int) -> None:

@@ -8,10 +8,11 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from cache.blocks import ExtentId
+from cache.blocks import BLOCK_BYTES, ExtentId
 from cache.errors import CapacityError, CorruptBlock
 from cache.store.directory import CacheDirectory, parse_extent_name
 from cache.store.format import (
+    ENTRY_BYTES,
     HEADER_BYTES,
     BlockEntry,
     ExtentHeader,
@@ -59,34 +60,46 @@ def disk_error(error: Exception, what: str) -> CapacityError:
     return CapacityError(f"{what}: {reason}", advice=advice)
 
 
-def write_block(fd: int, header: ExtentHeader, slot: int, offset: int, data: memoryview) -> int:
-    """Writes a block's payload at `offset` within the extent and then its table entry; returns the CRC-32C. Raises CapacityError."""
-    crc = checksum(data)
+def write_blocks(fd: int, header: ExtentHeader, slot: int, data: memoryview) -> None:
+    """Writes the payload of neighbouring blocks, the first of them the extent's number `slot`, and then their table entries.
+
+    Raises CapacityError.
+    """
+    content_id, extent_idx = header.object_id.content_id, header.extent_idx
+    offset, entries = HEADER_BYTES + slot * BLOCK_BYTES, b""
+    for start in range(0, len(data), BLOCK_BYTES):
+        block = data[start : start + BLOCK_BYTES]
+        entry = BlockEntry(checksum(block), len(block))
+        entries += encode_entry(entry, content_id, extent_idx, slot + start // BLOCK_BYTES)
     try:
         written = 0
         while written < len(data):
-            written += os.pwrite(fd, data[written:], HEADER_BYTES + offset + written)
-        entry = encode_entry(BlockEntry(crc, len(data)), header.object_id.content_id, header.extent_idx, slot)
-        os.pwrite(fd, entry, entry_offset(slot))
+            written += os.pwrite(fd, data[written:], offset + written)
+        os.pwrite(fd, entries, entry_offset(slot))
     except OSError as error:
         raise disk_error(error, f"cannot write {len(data)} bytes to the cache") from error
-    return crc
 
 
-def block_is_sound(fd: int, header: ExtentHeader, slot: int, offset: int, length: int) -> bool:
-    """Reads a block back from the disk and compares it with its table entry; clears the entry when they differ."""
+def sound_blocks(fd: int, header: ExtentHeader, slot: int, length: int) -> list[bool]:
+    """Reads neighbouring blocks (`length` bytes, the first of them number `slot`) back from the disk and compares each with its table
+    entry; clears the entries of those that differ."""
     content_id, extent_idx = header.object_id.content_id, header.extent_idx
+    num_blocks = -(-length // BLOCK_BYTES)
     try:
         page = os.pread(fd, HEADER_BYTES, 0)
-        entry = decode_entry(page, content_id, extent_idx, slot) if len(page) == HEADER_BYTES else None
-        data = os.pread(fd, length, HEADER_BYTES + offset)
+        data = memoryview(os.pread(fd, length, HEADER_BYTES + slot * BLOCK_BYTES))
     except OSError:
-        return False
-    if entry is not None and entry.length == length == len(data) and checksum(data) == entry.crc:
-        return True
-    with contextlib.suppress(OSError):
-        os.pwrite(fd, bytes(len(encode_entry(BlockEntry(0, 0), content_id, extent_idx, slot))), entry_offset(slot))
-    return False
+        return [False] * num_blocks
+    sound = []
+    for idx in range(num_blocks):
+        entry = decode_entry(page, content_id, extent_idx, slot + idx) if len(page) == HEADER_BYTES else None
+        block = data[idx * BLOCK_BYTES : (idx + 1) * BLOCK_BYTES]
+        is_whole = entry is not None and entry.length == min(BLOCK_BYTES, length - idx * BLOCK_BYTES) == len(block)
+        sound.append(is_whole and entry is not None and checksum(block) == entry.crc)
+        if not sound[-1]:
+            with contextlib.suppress(OSError):
+                os.pwrite(fd, bytes(ENTRY_BYTES), entry_offset(slot + idx))
+    return sound
 
 
 def read_header(path: Path) -> tuple[ExtentHeader, frozenset[int]]:

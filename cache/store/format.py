@@ -1,12 +1,12 @@
-"""The format of an extent file: one header page, then the payload. Pure: bytes in, values out.
+"""The format of an extent file: two header pages, then the payload. Pure: bytes in, values out.
 
-Why a page of our own in front: the disk is distrusted. A file says of itself which object generation and which bytes it holds and what
+Why pages of our own in front: the disk is distrusted. A file says of itself which object generation and which bytes it holds and what
 their checksums are, so a file in the wrong place, a torn write or a rotten sector is found, and the index can be rebuilt from files alone.
 
     offset 0      magic, version, length and CRC-32C of the identity
     offset 32     identity: JSON (content id, url, etag, sizes, extent index)
-    offset 3840   block table: 16 entries of 16 bytes, each guarded by a check of its own; all zero means absent
-    offset 4096   payload: the bytes of the extent, at their offset within the extent
+    offset 4096   block table: 256 entries of 16 bytes, each guarded by a check of its own; all zero means absent
+    offset 8192   payload: the bytes of the extent, at their offset within the extent
 
 A block's entry is written after its payload. Neither is synced: after a power cut an entry may have outlived its payload, which is why
 nothing found on disk is served before its checksum has been verified.
@@ -23,9 +23,9 @@ import crc32c
 from cache.blocks import BLOCKS_PER_EXTENT, ObjectId, extent_span, num_extents
 from cache.errors import CorruptBlock
 
-FORMAT_VERSION = 1
-HEADER_BYTES = 4096
-TABLE_OFFSET = 3840
+FORMAT_VERSION = 2
+HEADER_BYTES = 8192
+TABLE_OFFSET = 4096
 ENTRY_BYTES = 16
 
 _MAGIC = b"RAILHEAD"
@@ -70,7 +70,7 @@ class BlockEntry:
 
 
 def encode_header(header: ExtentHeader) -> bytes:
-    """The header page of a new file, with an empty block table."""
+    """The header pages of a new file, with an empty block table."""
     object_id = header.object_id
     identity = {
         "content_id": object_id.content_id,
@@ -95,6 +95,15 @@ def decode_header(page: bytes) -> tuple[ExtentHeader, list[BlockEntry | None]]:
     """
     if len(page) < HEADER_BYTES:
         raise CorruptBlock(f"extent header of {len(page)} bytes instead of {HEADER_BYTES}")
+    header = decode_identity(page)
+    content_id, extent_idx = header.object_id.content_id, header.extent_idx
+    return header, [decode_entry(page, content_id, extent_idx, slot) for slot in range(BLOCKS_PER_EXTENT)]
+
+
+def decode_identity(page: bytes) -> ExtentHeader:
+    """What a file says of itself, from its first TABLE_OFFSET bytes. Raises CorruptBlock as decode_header does."""
+    if len(page) < TABLE_OFFSET:
+        raise CorruptBlock(f"extent header of {len(page)} bytes instead of {HEADER_BYTES}")
     magic, version, length, crc = _PREFIX.unpack_from(page)
     if magic != _MAGIC:
         raise CorruptBlock(f"not an extent file: it starts with {magic!r}")
@@ -108,8 +117,7 @@ def decode_header(page: bytes) -> tuple[ExtentHeader, list[BlockEntry | None]]:
     header = ExtentHeader(object_id, identity["extent_idx"])
     if object_id.content_id != identity["content_id"] or not 0 <= header.extent_idx < num_extents(object_id.size_bytes):
         raise CorruptBlock(f"extent header contradicts itself: {identity}")
-    entries = [decode_entry(page, object_id.content_id, header.extent_idx, slot) for slot in range(BLOCKS_PER_EXTENT)]
-    return header, entries
+    return header
 
 
 def entry_offset(slot: int) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from cache.blocks import BLOCK_BYTES
+from cache.blocks import FETCH_BYTES
 from cache.client import Cache
 from cache.client.datasets import TokenDataset
 from cache.client.formats.tokens import HEADER_BYTES, pack_tokens
@@ -26,7 +26,7 @@ BATCH = 64
 @pytest.fixture(scope="module")
 def tokens(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, torch.Tensor]:
     """(url, tokens): one shard of five blocks."""
-    values = np.random.default_rng(0).integers(0, 2**16, (NUM_BLOCKS * BLOCK_BYTES - HEADER_BYTES) // 2)
+    values = np.random.default_rng(0).integers(0, 2**16, (NUM_BLOCKS * FETCH_BYTES - HEADER_BYTES) // 2)
     root = tmp_path_factory.mktemp("tokens")
     (root / "0.tokens").write_bytes(pack_tokens(values))
     return f"file://{root}", torch.from_numpy(values)
@@ -78,7 +78,7 @@ def test_every_kind_of_worker_reads_through_the_daemon(
     del loader
     status = cache.daemon_status()
     assert status is not None
-    assert status["counters"]["fetched_bytes"] == NUM_BLOCKS * BLOCK_BYTES
+    assert status["counters"]["fetched_bytes"] == NUM_BLOCKS * FETCH_BYTES
     assert status["readers"].get("direct_bytes", 0) == 0
     cache.close()
 
@@ -115,7 +115,7 @@ def test_the_announced_order_is_fetched_before_it_is_read(
     status: dict[str, Any] = {}
     while time.monotonic() < deadline_s:
         status = cache.daemon_status() or {}
-        if status["counters"]["fetched_bytes"] == NUM_BLOCKS * BLOCK_BYTES:
+        if status["counters"]["fetched_bytes"] == NUM_BLOCKS * FETCH_BYTES:
             break
         time.sleep(0.02)
     assert status["counters"]["prefetches"] >= NUM_BLOCKS - 2
@@ -136,6 +136,6 @@ def test_what_was_resident_before_indexing_is_known(daemon: CacheDaemon, tokens:
     for _ in loader:
         pass
     again = Cache(daemon.socket)
-    assert sum(TokenDataset(again, url, SEQ_LEN).resident_bytes_at_open or ()) == NUM_BLOCKS * BLOCK_BYTES
+    assert sum(TokenDataset(again, url, SEQ_LEN).resident_bytes_at_open or ()) == NUM_BLOCKS * FETCH_BYTES
     cache.close()
     again.close()

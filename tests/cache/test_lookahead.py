@@ -64,16 +64,18 @@ class Futures(RuleBasedStateMachine):
             assert offered is None
             return
         assert offered is not None
-        name, block, distance = offered
+        visit, block, distance = offered
+        name = visit.content_id
+        assert visit.first <= block < visit.end
         assert (distance, name, block) in needed
         assert distance == min(needed)[0]
         self.is_fetched.add((name, block))
 
     @rule(extent=st.sampled_from(EXTENTS))
     def lose(self, extent: ExtentId) -> None:
-        """An extent is evicted: its blocks are offered again."""
+        """An extent is evicted: its blocks are offered again, if they are still announced."""
         self.is_fetched = {(n, b) for n, b in self.is_fetched if ExtentId(n, extent_of(b)) != extent}
-        self.lookahead.lost(extent)
+        self.lookahead.offer_again(extent)
 
     @invariant()
     def it_knows_the_next_use_of_every_extent(self) -> None:
@@ -86,6 +88,18 @@ class Futures(RuleBasedStateMachine):
                 if extent_of(visit.first) <= extent.extent_idx <= extent_of(visit.end - 1)
             ]
             assert self.lookahead.next_use(extent) == (min(distances) if distances else None)
+
+    @invariant()
+    def it_knows_which_blocks_are_announced(self) -> None:
+        announced = {
+            (visit.content_id, block)
+            for stream, listed in self.visits.items()
+            for visit in listed[self.position[stream] :]
+            for block in range(visit.first, visit.end)
+        }
+        for name in ("x", "y"):
+            for block in range(0, 2 * BLOCKS_PER_EXTENT, 7):
+                assert self.lookahead.is_announced(name, block) == ((name, block) in announced)
 
     @invariant()
     def it_counts_what_lies_ahead(self) -> None:

@@ -32,7 +32,7 @@ OBJECTS = [
 FILLED = [object_id for object_id in OBJECTS if object_id.size_bytes]
 CLIENTS = ["a", "b", "c"]
 STREAMS = {"a/train": "a", "b/train": "b", "b/val": "b"}
-CAPACITIES = [9 * 2**20, 22 * 2**20, 80 * 2**20, 200 * 2**20]
+CAPACITIES = [9 * BLOCK_BYTES // 4, 22 * BLOCK_BYTES // 4, 80 * 2**20, 200 * 2**20]
 ORIGIN_ERRORS = [
     AccessDenied("no"),
     OriginUnavailable("away"),

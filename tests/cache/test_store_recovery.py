@@ -13,7 +13,7 @@ import pytest
 from cache.blocks import BLOCK_BYTES, EXTENT_BYTES, ExtentId, ObjectId, extent_span
 from cache.errors import CacheConfigError, CapacityError
 from cache.store.directory import CacheDirectory, ServingDaemon, serving_daemon
-from cache.store.files import block_is_sound, create_extent, read_header, remove_extent, write_block
+from cache.store.files import create_extent, read_header, remove_extent, sound_blocks, write_blocks
 from cache.store.format import HEADER_BYTES, ExtentHeader
 from cache.store.index import Index, IndexRow
 from cache.store.recovery import recover
@@ -61,12 +61,12 @@ def test_a_block_is_sound_until_one_bit_of_it_changes(directory: CacheDirectory)
     header, data = ExtentHeader(SMALL, 0), os.urandom(1000)
     fd = os.open(path, os.O_RDWR)
     try:
-        write_block(fd, header, 0, 0, memoryview(data))
-        assert block_is_sound(fd, header, 0, 0, 1000)
+        write_blocks(fd, header, 0, memoryview(data))
+        assert sound_blocks(fd, header, 0, 1000) == [True]
         os.pwrite(fd, bytes([data[500] ^ 4]), HEADER_BYTES + 500)
-        assert not block_is_sound(fd, header, 0, 0, 1000)
+        assert sound_blocks(fd, header, 0, 1000) == [False]
         os.pwrite(fd, data, HEADER_BYTES)
-        assert not block_is_sound(fd, header, 0, 0, 1000), (
+        assert sound_blocks(fd, header, 0, 1000) == [False], (
             "its entry was cleared: it is fetched again, not believed again"
         )
     finally:
@@ -207,7 +207,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_is_met_before_anything_is_fetched(small_disk: Path) -> None:
     directory = CacheDirectory.open(small_disk)
     assert isinstance(directory, CacheDirectory)
-    big = ObjectId("s3://b/big", '"1"', 4 * BLOCK_BYTES)
+    big = ObjectId("s3://b/big", '"1"', 64 * BLOCK_BYTES)
     with pytest.raises(CapacityError, match="No space left") as caught:
         make(directory, big, 0, 1)
     assert "free space" in caught.value.advice

@@ -14,14 +14,14 @@ from contextlib import suppress
 
 import pytest
 
-from cache.blocks import BLOCK_BYTES
+from cache.blocks import FETCH_BYTES
 from cache.client import Cache
 from tests.counting_origin import CountingOrigin, random_bytes
 from tests.daemon import CacheDaemon, wait_until
 
 NUM_ROUNDS = int(os.environ.get("RAILHEAD_FAULT_ROUNDS", "3"))
 FIRST_SEED = int(os.environ.get("RAILHEAD_FAULT_SEED", "0"))
-NUM_OBJECTS, OBJECT_BYTES, SEED_STRIDE = 6, 2 * BLOCK_BYTES + 77, 1000
+NUM_OBJECTS, OBJECT_BYTES, SEED_STRIDE = 6, 2 * FETCH_BYTES + 77, 1000
 
 READER = """
 import random, sys

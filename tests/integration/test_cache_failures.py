@@ -11,10 +11,10 @@ from collections.abc import Callable
 
 import pytest
 
-from cache.blocks import BLOCK_BYTES
+from cache.blocks import FETCH_BYTES
 from cache.client import Cache
 from cache.errors import CacheError, ObjectChanged, ObjectNotFound, OriginUnavailable
-from cache.store.format import HEADER_BYTES
+from cache.store.format import HEADER_BYTES, TABLE_OFFSET
 from tests.counting_origin import CountingOrigin, random_bytes
 from tests.daemon import CacheDaemon, wait_until
 
@@ -28,7 +28,7 @@ def restart(daemon: CacheDaemon) -> None:
     wait_until(lambda: cache.daemon_status() is not None, "this process found the daemon again")
 
 
-DATA = random_bytes(3 * BLOCK_BYTES + 99)
+DATA = random_bytes(3 * FETCH_BYTES + 99)
 
 
 def test_a_daemon_killed_while_a_reader_waits_costs_the_reader_nothing_but_time(
@@ -36,7 +36,7 @@ def test_a_daemon_killed_while_a_reader_waits_costs_the_reader_nothing_but_time(
 ) -> None:
     obj = open_cache(cache_daemon.socket).open(counting_origin.put("o", DATA))
     assert obj.read(0, 100) == DATA[:100]
-    counting_origin.hold("o", from_byte=2 * BLOCK_BYTES)
+    counting_origin.hold("o", from_byte=2 * FETCH_BYTES)
     read: list[bytes] = []
     reader = threading.Thread(target=lambda: read.append(obj.read(0, len(DATA))))
     reader.start()
@@ -54,7 +54,7 @@ def test_a_restart_fetches_nothing_complete_again(
     """kill -9 with two blocks on disk and two on their way; then the same reader goes on with the new daemon."""
     cache = open_cache(cache_daemon.socket)
     obj = cache.open(counting_origin.put("o", DATA))
-    assert obj.read(0, 2 * BLOCK_BYTES) == DATA[: 2 * BLOCK_BYTES]
+    assert obj.read(0, 2 * FETCH_BYTES) == DATA[: 2 * FETCH_BYTES]
     wait_until(lambda: cache_daemon.status()["in_flight_blocks"] == 0, "readahead has landed")
     already = dict(counting_origin.gets)
     cache_daemon.kill()
@@ -81,7 +81,7 @@ def test_a_reader_never_mixes_two_daemons(
     link._idle.clear()
     cache_daemon.kill()
     cache_daemon.start()
-    assert obj.read(3 * BLOCK_BYTES, 99) == DATA[3 * BLOCK_BYTES :]
+    assert obj.read(3 * FETCH_BYTES, 99) == DATA[3 * FETCH_BYTES :]
     assert in_use and not link.is_alive
     for channel in in_use:
         link._drop(channel)
@@ -98,7 +98,7 @@ def test_a_frozen_daemon_is_taken_for_dead_and_used_again_when_it_thaws(
     wait_until(lambda: cache_daemon.status()["in_flight_blocks"] == 0, "readahead has landed")
     cache_daemon.freeze()
     try:
-        assert obj.read(3 * BLOCK_BYTES, 99) == DATA[3 * BLOCK_BYTES :]
+        assert obj.read(3 * FETCH_BYTES, 99) == DATA[3 * FETCH_BYTES :]
         assert cache.stats().direct_reads == 1
     finally:
         cache_daemon.thaw()
@@ -144,16 +144,16 @@ def test_an_object_overwritten_in_mid_read_is_its_old_self_or_an_error(
     new = random_bytes(len(DATA), seed=9)
     cache = open_cache(cache_daemon.socket)
     old = cache.open(counting_origin.put("o", DATA))
-    assert old.read(0, BLOCK_BYTES // 2) == DATA[: BLOCK_BYTES // 2]
+    assert old.read(0, FETCH_BYTES // 2) == DATA[: FETCH_BYTES // 2]
     wait_until(lambda: cache_daemon.status()["in_flight_blocks"] == 0, "readahead has landed")
     counting_origin.put("o", new)
-    assert old.read(0, BLOCK_BYTES) == DATA[:BLOCK_BYTES], "what is here stays readable"
+    assert old.read(0, FETCH_BYTES) == DATA[:FETCH_BYTES], "what is here stays readable"
     with pytest.raises(ObjectChanged):
-        old.read(3 * BLOCK_BYTES, 99)
+        old.read(3 * FETCH_BYTES, 99)
     wait_until(lambda: cache.open(old.url).etag != old.etag, "a new open sees the new generation")
     with cache.open(old.url) as fresh:
         assert fresh.read(0, len(new)) == new
-    assert old.read(0, BLOCK_BYTES) == DATA[:BLOCK_BYTES]
+    assert old.read(0, FETCH_BYTES) == DATA[:FETCH_BYTES]
     with pytest.raises(ObjectChanged):
         cache.open(old.url, etag='"never"')
 
@@ -167,7 +167,7 @@ def test_a_deleted_object_is_an_error_once_its_blocks_are_needed(
     del counting_origin.objects["o"]
     assert obj.read(0, 100) == DATA[:100]
     with pytest.raises((ObjectNotFound, ObjectChanged)):
-        obj.read(3 * BLOCK_BYTES, 99)
+        obj.read(3 * FETCH_BYTES, 99)
 
 
 def test_with_the_origin_away_what_is_here_is_served_and_the_rest_comes_when_it_is_back(
@@ -210,11 +210,11 @@ def _truncate(size: int) -> Damage:
     "damage",
     [
         _flip(HEADER_BYTES),
-        _flip(HEADER_BYTES + 2 * BLOCK_BYTES + 17),
+        _flip(HEADER_BYTES + 2 * FETCH_BYTES + 17),
         _flip(3),
         _flip(40),
-        _flip(3841),
-        _truncate(HEADER_BYTES + BLOCK_BYTES),
+        _flip(TABLE_OFFSET + 1),
+        _truncate(HEADER_BYTES + FETCH_BYTES),
         _truncate(10),
         _truncate(0),
     ],
@@ -275,7 +275,7 @@ def test_an_emptied_directory_under_a_running_daemon_costs_only_the_cache(
 ) -> None:
     cache = open_cache(cache_daemon.socket)
     first = cache.open(counting_origin.put("a", DATA))
-    assert first.fetch(0, BLOCK_BYTES)
+    assert first.fetch(0, FETCH_BYTES)
     for path in cache_daemon.extent_files:
         path.unlink()
         path.parent.rmdir()

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import pytest
 
-from cache.blocks import BLOCK_BYTES
+from cache.blocks import FETCH_BYTES
 from cache.client import Cache, CachedObject
 from tests.counting_origin import CountingOrigin, random_bytes
 from tests.daemon import CacheDaemon, wait_until
 
 OpenCache = Callable[[str], Cache]
-DATA = random_bytes(3 * BLOCK_BYTES)
+DATA = random_bytes(3 * FETCH_BYTES)
 
 # torch and other libraries in the test's process run threads; forking beside them is what DataLoader does, and what is tested here.
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
@@ -137,7 +137,7 @@ def test_a_child_does_not_keep_its_killed_parent_alive_in_the_daemons_eyes(
 ) -> None:
     """It was forked while another thread of the parent waited on a connection, whose copy nobody in the child refers to."""
     url = counting_origin.put("o", DATA)
-    counting_origin.hold("o", from_byte=2 * BLOCK_BYTES)
+    counting_origin.hold("o", from_byte=2 * FETCH_BYTES)
     with subprocess.Popen(
         [sys.executable, "-c", HOLDER, cache_daemon.socket, url], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     ) as reader:

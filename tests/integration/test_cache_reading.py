@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cache.blocks import BLOCK_BYTES, EXTENT_BYTES
+from cache.blocks import EXTENT_BYTES, FETCH_BYTES
 from cache.client import Cache, CachedObject
 from cache.errors import ObjectNotFound
 from tests.counting_origin import CountingOrigin, random_bytes
@@ -25,9 +25,9 @@ def assert_reads_equal(obj: CachedObject, data: bytes, seed: int, num_reads: int
     edges = [
         0,
         1,
-        BLOCK_BYTES - 1,
-        BLOCK_BYTES,
-        BLOCK_BYTES + 1,
+        FETCH_BYTES - 1,
+        FETCH_BYTES,
+        FETCH_BYTES + 1,
         EXTENT_BYTES - 1,
         EXTENT_BYTES,
         len(data) - 1,
@@ -35,7 +35,7 @@ def assert_reads_equal(obj: CachedObject, data: bytes, seed: int, num_reads: int
     ]
     for _ in range(num_reads):
         offset = rng.choice([*edges, rng.randrange(len(data) + 2)])
-        length = rng.choice([0, 1, 100, 70_000, BLOCK_BYTES + 3, rng.randrange(2 * BLOCK_BYTES)])
+        length = rng.choice([0, 1, 100, 70_000, FETCH_BYTES + 3, rng.randrange(2 * FETCH_BYTES)])
         expected = data[offset : offset + length]
         match rng.randrange(3):
             case 0:
@@ -53,7 +53,7 @@ def test_every_way_of_reading_gives_the_origins_bytes(
     cache_daemon: CacheDaemon, open_cache: OpenCache, tmp_path: Path
 ) -> None:
     """An object of two extents, so that reads cross the border between two files."""
-    data = random_bytes(EXTENT_BYTES + BLOCK_BYTES + 12345)
+    data = random_bytes(EXTENT_BYTES + FETCH_BYTES + 12345)
     (tmp_path / "big").write_bytes(data)
     with open_cache(cache_daemon.socket).open(str(tmp_path / "big")) as obj:
         assert (obj.size, obj.url) == (len(data), f"file://{tmp_path}/big")
@@ -64,7 +64,7 @@ def test_every_way_of_reading_gives_the_origins_bytes(
     assert len(cache_daemon.extent_files) == 2
 
 
-@pytest.mark.parametrize("size", [0, 1, BLOCK_BYTES, BLOCK_BYTES + 1])
+@pytest.mark.parametrize("size", [0, 1, FETCH_BYTES, FETCH_BYTES + 1])
 def test_small_and_empty_objects_are_read(
     cache_daemon: CacheDaemon, open_cache: OpenCache, counting_origin: CountingOrigin, size: int
 ) -> None:
@@ -84,7 +84,7 @@ def test_what_is_not_there_is_said_with_its_url(
 
 def test_a_hit_asks_nobody(cache_daemon: CacheDaemon, open_cache: OpenCache, counting_origin: CountingOrigin) -> None:
     """The daemon is stopped in its tracks: whatever needed it would hang until it is taken for dead."""
-    data = random_bytes(2 * BLOCK_BYTES)
+    data = random_bytes(2 * FETCH_BYTES)
     cache = open_cache(cache_daemon.socket)
     obj = cache.open(counting_origin.put("o", data))
     obj.read(0, len(data))
@@ -103,7 +103,7 @@ def test_many_readers_of_one_object_fetch_each_block_once(
 ) -> None:
     """The origin answers only when all readers are waiting, so all of them but one meet a fetch that is under way."""
     num_readers = 8
-    data = random_bytes(3 * BLOCK_BYTES + 7)
+    data = random_bytes(3 * FETCH_BYTES + 7)
     url = counting_origin.put("o", data)
     counting_origin.hold("o")
     cache = open_cache(cache_daemon.socket)
@@ -114,21 +114,21 @@ def test_many_readers_of_one_object_fetch_each_block_once(
         assert all(read.result() == data for read in reads)
     assert set(counting_origin.gets.values()) == {1} and len(counting_origin.gets) == 4
     counters = cache_daemon.status()["counters"]
-    assert counters["delayed_hits"] == num_readers - 1 and counters["fetched_blocks"] == 4
+    assert counters["delayed_hits"] == num_readers - 1 and counters["demand_fetches"] == 4
 
 
 def test_a_reader_goes_on_as_blocks_land(
     cache_daemon: CacheDaemon, counting_origin: CountingOrigin, open_cache: OpenCache
 ) -> None:
     """The first block is read while the last has not left the origin."""
-    data = random_bytes(4 * BLOCK_BYTES)
+    data = random_bytes(4 * FETCH_BYTES)
     obj = open_cache(cache_daemon.socket).open(counting_origin.put("o", data))
-    counting_origin.hold("o", from_byte=3 * BLOCK_BYTES)
+    counting_origin.hold("o", from_byte=3 * FETCH_BYTES)
     obj.prefetch()
-    assert obj.read(0, 3 * BLOCK_BYTES) == data[: 3 * BLOCK_BYTES]
-    assert counting_origin.gets["o", 3 * BLOCK_BYTES] == 0
+    assert obj.read(0, 3 * FETCH_BYTES) == data[: 3 * FETCH_BYTES]
+    assert counting_origin.gets["o", 3 * FETCH_BYTES] == 0
     counting_origin.release()
-    assert obj.read(3 * BLOCK_BYTES, BLOCK_BYTES) == data[3 * BLOCK_BYTES :]
+    assert obj.read(3 * FETCH_BYTES, FETCH_BYTES) == data[3 * FETCH_BYTES :]
     assert set(counting_origin.gets.values()) == {1}
 
 
@@ -136,7 +136,7 @@ def test_threads_of_one_process_may_read_one_object_at_once(
     open_cache: OpenCache, counting_origin: CountingOrigin
 ) -> None:
     """With room for a part of it only, so that files come and go under them."""
-    data = [random_bytes(2 * BLOCK_BYTES, seed) for seed in range(6)]
+    data = [random_bytes(2 * FETCH_BYTES, seed) for seed in range(6)]
     urls = [counting_origin.put(f"o{idx}", content) for idx, content in enumerate(data)]
     with CacheDaemon(capacity="30MiB") as daemon:
         cache = open_cache(daemon.socket)
@@ -147,7 +147,7 @@ def test_threads_of_one_process_may_read_one_object_at_once(
             rng = random.Random(seed)
             try:
                 for _ in range(40):
-                    idx, offset = rng.randrange(6), rng.randrange(2 * BLOCK_BYTES)
+                    idx, offset = rng.randrange(6), rng.randrange(2 * FETCH_BYTES)
                     assert objects[idx].read(offset, 50_000) == data[idx][offset : offset + 50_000]
             except BaseException as error:
                 failures.append(error)
@@ -164,7 +164,7 @@ def test_threads_of_one_process_may_read_one_object_at_once(
 def test_a_known_order_is_fetched_ahead_of_its_reader(
     cache_daemon: CacheDaemon, counting_origin: CountingOrigin, open_cache: OpenCache
 ) -> None:
-    data = random_bytes(2 * BLOCK_BYTES)
+    data = random_bytes(2 * FETCH_BYTES)
     urls = [counting_origin.put(f"o{idx}", data) for idx in range(3)]
     cache = open_cache(cache_daemon.socket)
     stream = cache.stream("train")

@@ -16,13 +16,13 @@ from pathlib import Path
 
 import pytest
 
-from cache.blocks import BLOCK_BYTES
+from cache.blocks import FETCH_BYTES
 from cache.client import Cache
 from tests.counting_origin import CountingOrigin, random_bytes
 from tests.daemon import CacheDaemon, wait_until
 
 OpenCache = Callable[[str], Cache]
-DATA = random_bytes(2 * BLOCK_BYTES + 5)
+DATA = random_bytes(2 * FETCH_BYTES + 5)
 
 
 def run_cache(*arguments: str, timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
@@ -113,13 +113,13 @@ def test_the_metrics_page_counts_what_happened(counting_origin: CountingOrigin, 
         wait_until(lambda: daemon.status()["readers"].get("hits", 0) > 0, "the reader's account has come")
         page = _get(port, "/metrics")
         samples = dict(re.findall(r"^(\w+) ([0-9.e+]+)$", page, re.MULTILINE))
-        assert float(samples["railhead_cache_fetched_blocks_total"]) == 3
+        assert float(samples["railhead_cache_demand_fetches_total"]) == 3
         assert float(samples["railhead_cache_fetched_bytes_total"]) == len(DATA)
         assert float(samples["railhead_cache_reader_hits_total"]) >= 1
         assert float(samples["railhead_cache_capacity_bytes"]) == 256 * 2**20
         assert all(line.startswith("#") or re.fullmatch(r"\w+(\{.*\})? \S+", line) for line in page.splitlines())
         assert _get(port, "/healthz") == "ok\n"
-        assert json.loads(_get(port, "/status"))["counters"]["fetched_blocks"] == 3
+        assert json.loads(_get(port, "/status"))["counters"]["demand_fetches"] == 3
 
 
 def _get(port: int, path: str) -> str:
@@ -139,11 +139,11 @@ def test_status_speaks_to_people_and_to_programs(cache_daemon: CacheDaemon) -> N
 
 def test_a_complete_preload_is_resident_verified_and_exits_with_0(cache_daemon: CacheDaemon, tmp_path: Path) -> None:
     for idx in range(3):
-        (tmp_path / f"shard-{idx}").write_bytes(random_bytes(BLOCK_BYTES + idx, idx))
+        (tmp_path / f"shard-{idx}").write_bytes(random_bytes(FETCH_BYTES + idx, idx))
     result = run_cache("preload", str(tmp_path), "--socket", cache_daemon.socket, "--json")
     assert result.returncode == 0, result.stderr
     said = json.loads(result.stdout)
-    assert said["is_complete"] and said["verified_bytes"] == said["total_bytes"] == 3 * BLOCK_BYTES + 3
+    assert said["is_complete"] and said["verified_bytes"] == said["total_bytes"] == 3 * FETCH_BYTES + 3
     again = json.loads(run_cache("preload", str(tmp_path), "--socket", cache_daemon.socket, "--json").stdout)
     assert again["is_complete"] and again["origin_bytes"] == 0, "the second one takes nothing from the origin"
 
@@ -165,7 +165,7 @@ def test_what_the_origin_no_longer_has_can_be_evicted(cache_daemon: CacheDaemon,
 
 
 def test_a_preload_says_what_is_missing_or_too_big(tmp_path: Path) -> None:
-    (tmp_path / "big").write_bytes(random_bytes(3 * BLOCK_BYTES))
+    (tmp_path / "big").write_bytes(random_bytes(3 * FETCH_BYTES))
     with CacheDaemon(capacity="10MiB") as daemon:
         missing = run_cache("preload", str(tmp_path / "nothing"), "--socket", daemon.socket)
         assert missing.returncode == 1 and "nothing" in missing.stderr and "Traceback" not in missing.stderr
@@ -185,7 +185,7 @@ def start_preload(daemon: CacheDaemon, url: str) -> subprocess.Popen[str]:
 
 def test_a_preload_whose_daemon_dies_is_incomplete(cache_daemon: CacheDaemon, counting_origin: CountingOrigin) -> None:
     url = counting_origin.put("o", DATA)
-    counting_origin.hold("o", from_byte=BLOCK_BYTES)
+    counting_origin.hold("o", from_byte=FETCH_BYTES)
     with start_preload(cache_daemon, url) as preload:
         wait_until(lambda: cache_daemon.status()["waiting_requests"] > 0, "the preload waits")
         cache_daemon.kill()

@@ -13,7 +13,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from cache.blocks import BLOCKS_PER_EXTENT, ExtentId, ObjectId, extent_of, extent_span, num_blocks, num_extents
+from cache.blocks import (
+    BLOCKS_PER_EXTENT,
+    BLOCKS_PER_FETCH,
+    ExtentId,
+    ObjectId,
+    extent_of,
+    extent_span,
+    num_blocks,
+    num_extents,
+)
 from cache.errors import CacheError
 from cache.order.lookahead import Visit
 from cache.residency import messages as m
@@ -23,7 +32,7 @@ from cache.residency.policy import UNKNOWN_USE, Candidate, Decision, FarthestNex
 from cache.residency.slots import EVICTION_WORD
 from cache.residency.state import Limits
 
-HEADER_BYTES = 4096
+HEADER_BYTES = 8192
 FileKey = tuple[ExtentId, int]
 """An extent file: its extent and its generation."""
 
@@ -92,8 +101,8 @@ class World:
         self.current: dict[ExtentId, int] = {}
         self.creations: list[m.CreateExtent] = []
         self.tables: list[m.ReadTable] = []
-        self.fetches: list[m.FetchBlock] = []
-        self.checks: list[m.CheckBlock] = []
+        self.fetches: list[m.FetchBlocks] = []
+        self.checks: list[m.CheckBlocks] = []
         self.holders: dict[FileKey, Counter[str]] = {}
         self.open_requests: dict[int, m.BlocksWanted | m.CheckAsked] = {}
         self.answers: dict[int, m.Answer] = {}
@@ -202,21 +211,22 @@ class World:
         present = frozenset(file.good_blocks) if file is not None else frozenset()
         self.step(m.ExtentTableRead(action.extent, action.generation, present))
 
-    def fetch_done(self, action: m.FetchBlock, error: CacheError | None = None) -> None:
+    def fetch_done(self, action: m.FetchBlocks, error: CacheError | None = None) -> None:
         self.fetches.remove(action)
         extent = ExtentId(action.object_id.content_id, action.extent_idx)
         if error is not None:
-            self.step(m.BlockFailed(extent, action.generation, action.block, error))
+            self.step(m.BlocksFailed(extent, action.generation, action.first, action.end, error))
             return
-        self.files[extent, action.generation].good_blocks.add(action.block)
-        self.step(m.BlockLanded(extent, action.generation, action.block, 1))
+        self.files[extent, action.generation].good_blocks.update(range(action.first, action.end))
+        self.step(m.BlocksLanded(extent, action.generation, action.first, action.end, action.end - action.first))
 
-    def check_done(self, action: m.CheckBlock, is_sound: bool = True) -> None:
+    def check_done(self, action: m.CheckBlocks, is_sound: bool = True) -> None:
         self.checks.remove(action)
         extent = ExtentId(action.object_id.content_id, action.extent_idx)
+        blocks = range(action.first, action.end)
         if not is_sound:
-            self.files[extent, action.generation].good_blocks.discard(action.block)
-        self.step(m.BlockChecked(extent, action.generation, action.block, is_sound))
+            self.files[extent, action.generation].good_blocks.difference_update(blocks)
+        self.step(m.BlocksChecked(extent, action.generation, action.first, (is_sound,) * len(blocks)))
 
     def evict(self, object_id: ObjectId) -> None:
         self.step(m.EvictAsked(object_id.content_id))
@@ -281,17 +291,21 @@ class World:
                 assert self.current[extent] == generation
                 assert action not in self.tables, "a table is read twice at once"
                 self.tables.append(action)
-            case m.FetchBlock(object_id, extent_idx, generation, block):
+            case m.FetchBlocks(object_id, extent_idx, generation, first, end):
                 extent = ExtentId(object_id.content_id, extent_idx)
                 assert self.current[extent] == generation and self.files[extent, generation].is_made, action
-                assert not self._in_hand(object_id.content_id, block), f"block {block} is fetched twice at once"
-                assert self.words[self.word_of_block(object_id, block)] == 0, "a readable block is fetched over"
-                self.num_fetches[object_id.content_id, block] += 1
+                assert 0 < end - first <= BLOCKS_PER_FETCH and extent_of(first) == extent_of(end - 1) == extent_idx
+                for block in range(first, end):
+                    assert not self._in_hand(object_id.content_id, block), f"block {block} is fetched twice at once"
+                    assert self.words[self.word_of_block(object_id, block)] == 0, "a readable block is fetched over"
+                    self.num_fetches[object_id.content_id, block] += 1
                 self.fetches.append(action)
-            case m.CheckBlock(object_id, extent_idx, generation, block):
+            case m.CheckBlocks(object_id, extent_idx, generation, first, end):
                 extent = ExtentId(object_id.content_id, extent_idx)
                 assert self.current[extent] == generation and self.files[extent, generation].is_made, action
-                assert not self._in_hand(object_id.content_id, block), action
+                assert 0 < end - first <= BLOCKS_PER_FETCH and extent_of(first) == extent_of(end - 1) == extent_idx
+                for block in range(first, end):
+                    assert not self._in_hand(object_id.content_id, block), action
                 self.checks.append(action)
             case m.Answer(request_id):
                 self._answer(request_id, action)
@@ -400,7 +414,8 @@ class World:
         return ExtentId(event.content_id, extent_of(event.first))
 
     def _in_hand(self, content_id: str, block: int) -> bool:
-        return any(a.object_id.content_id == content_id and a.block == block for a in [*self.fetches, *self.checks])
+        in_hand = [*self.fetches, *self.checks]
+        return any(a.object_id.content_id == content_id and a.first <= block < a.end for a in in_hand)
 
     def _owner_of(self, word_idx: int) -> tuple[ObjectId, int | None, int] | None:
         """Object, block (None for an extent's word) and extent of a word."""
