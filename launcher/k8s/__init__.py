@@ -13,6 +13,7 @@ Shell:
     upload        a folder of code → a zip in an object store
     client        the API server; the Kubernetes client is imported only here
     submission, follow, commands, helptext     what a person runs
+    leave         what a pod does before it goes (its preStop hook)
 """
 
 from __future__ import annotations

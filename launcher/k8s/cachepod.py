@@ -129,6 +129,7 @@ def _sidecar(job: KubeJob, env: Sequence[dict[str, Any]], env_from: Sequence[dic
         ],
         **({"env": list(env)} if env else {}),
         **({"envFrom": list(env_from)} if env_from else {}),
+        "terminationMessagePolicy": "FallbackToLogsOnError",
         "ports": [{"name": "cache-metrics", "containerPort": CACHE_PORT}, *peer_ports(job)],
         "resources": {"requests": requests, "limits": limits},
         # A start verifies the index of what is on disk: seconds for terabytes. Two minutes are beyond any that was seen.

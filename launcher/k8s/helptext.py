@@ -58,7 +58,7 @@ _LOOKUPS = {
     ),
     "stop": (
         "NAME",
-        "Deletes a job and all that belongs to it. Its ranks get SIGTERM, and the grace period for a checkpoint.",
+        "Deletes a job and all that belongs to it. Its ranks get SIGTERM, and --shutdown-timeout for a checkpoint.",
     ),
     "list": ("", "One line for each job of the namespace."),
 }

@@ -244,6 +244,11 @@ class KubeJob:
     def grace_s(self) -> int:
         return int(self.kube.grace_s if self.kube.grace_s is not None else max(60, self.spec.shutdown_timeout_s + 30))
 
+    @property
+    def leave_s(self) -> int:
+        """Of it, what the ranks of a pod that goes have: then Ray ends, and after it the cache."""
+        return max(1, self.grace_s - 10)
+
     def __post_init__(self) -> None:
         _check_fit(self)
 

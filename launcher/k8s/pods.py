@@ -21,6 +21,8 @@ CODE_VOLUME = "code"
 _NO_TOKEN = {"name": "RAY_AUTH_MODE", "value": "disabled"}
 TOKEN_SINCE_RAY, TOKEN_SINCE_KUBERAY = "2.52", "1.5.1"
 
+_LEAVE = ("python", "-m", "launcher.k8s.leave")
+
 # Labels and taints by which providers tell nodes that may be taken away.
 SPOT_LABELS = (
     ("cloud.google.com/gke-spot", "true"),
@@ -37,7 +39,7 @@ def head_template(job: KubeJob, wiring: Wiring) -> dict[str, Any]:
     resources = _resources({"cpu": format_cpus(kube.head_cpus), "memory": kube.head_memory})
     spec: dict[str, Any] = {
         **_pod(job, wiring),
-        "containers": [_ray_container(job, "ray-head", resources, mounts=[], env=[])],
+        "containers": [_ray_container(job, "head", resources, mounts=[], env=[_stop_wait(job)])],
         "volumes": _job_volumes(job),
     }
     if kube.spot:
@@ -53,7 +55,7 @@ def worker_template(job: KubeJob, wiring: Wiring, annotations: dict[str, str]) -
     limits = {"cpu": format_cpus(kube.cpus), "memory": kube.memory, **dict(wiring.resources)}
     if kube.gpus:
         limits[kube.gpu_resource] = str(kube.gpus)
-    ray = _ray_container(job, "ray-worker", _resources(limits), mounts=mounts, env=list(cache.ray_env))
+    ray = _ray_container(job, "worker", _resources(limits), mounts=mounts, env=list(cache.ray_env))
     if wiring.setup:
         # KubeRay joins `command` with its own line: `<command> && ulimit …; ray start …`
         ray["command"] = [wiring.setup]
@@ -170,8 +172,13 @@ def needed_secrets(node: Any) -> set[str]:
     return found
 
 
+def _stop_wait(job: KubeJob) -> dict[str, Any]:
+    """Ray kills a job that it stops after 3 s unless told otherwise; the launcher gives its ranks `--shutdown-timeout` for a checkpoint."""
+    return {"name": "RAY_JOB_STOP_WAIT_TIME_S", "value": str(job.leave_s)}
+
+
 def _ray_container(
-    job: KubeJob, name: str, resources: dict[str, Any], mounts: list[dict[str, Any]], env: list[dict[str, Any]]
+    job: KubeJob, role: str, resources: dict[str, Any], mounts: list[dict[str, Any]], env: list[dict[str, Any]]
 ) -> dict[str, Any]:
     ours = [{"name": "RAILHEAD_RUNS", "value": RUNS_PATH}, *env]
     if _goes_without_token(job):
@@ -179,12 +186,15 @@ def _ray_container(
     theirs = user_env(job)
     named = {entry["name"] for entry in theirs}
     container: dict[str, Any] = {
-        "name": name,
+        "name": f"ray-{role}",
         "image": job.kube.image,
         **_pull_policy(job),
         "env": [*(entry for entry in ours if entry["name"] not in named), *theirs],
         "resources": resources,
         "volumeMounts": [{"name": "runs", "mountPath": RUNS_PATH}, *mounts],
+        "lifecycle": {"preStop": {"exec": {"command": [*_LEAVE, role, "--seconds", str(job.leave_s)]}}},
+        # What a container that fails wrote last is then in its status, where `status` reads it.
+        "terminationMessagePolicy": "FallbackToLogsOnError",
     }
     if env_from(job):
         container["envFrom"] = env_from(job)

@@ -19,12 +19,13 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from launcher.k8s.manifest import render
@@ -154,22 +155,66 @@ def rendered_job(tmp_path: Path) -> tuple[dict[str, Any], dict[str, dict[str, st
     return ray_job(rendered), maps
 
 
-def test_the_rendered_job_trains(tmp_path: Path) -> None:
-    """Head, two workers, two cache sidecars, and the submitter's line through the shell; each rank reads through its own pod's daemon."""
-    one, maps = rendered_job(tmp_path)
-    cluster = one["spec"]["rayClusterSpec"]
-    (group,) = cluster["workerGroupSpecs"]
+@dataclass
+class Cluster:
+    """The pods of a rendered job, up and ready, as they are when KubeRay hands the job to Ray."""
+
+    job: Mapping[str, Any]
+    head: Pod
+    workers: list[Pod]
+    daemons: list[subprocess.Popen[bytes]]
+    raylets: list[subprocess.Popen[bytes]]
+    """What each worker's Ray container runs."""
+    dashboard: str
+    env: Mapping[str, str]
+    """What KubeRay gives to every container 0."""
+
+    def submit(self, name: str, entrypoint: str, *words: str) -> subprocess.Popen[str]:
+        """The submitter's line, through the shell. The ConfigMap is mounted at one path in all pods; here the head's stands for it."""
+        line = f"ray job submit --address {self.dashboard} --submission-id {name} {shlex.join(words)} -- {entrypoint}"
+        (submitter,) = self.job["spec"]["submitterPodTemplate"]["spec"]["containers"]
+        return subprocess.Popen(
+            ["bash", "-c", self.head.place(ray_of(self.head), line)],
+            env=self.head.env(submitter) | self.env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def hook(self, pod: Pod, *words: str) -> subprocess.Popen[str]:
+        """The preStop hook of a pod's Ray container, as the kubelet starts it."""
+        command = ray_of(pod)["lifecycle"]["preStop"]["exec"]["command"]
+        return subprocess.Popen(
+            [*command, *words], env=pod.env(ray_of(pod)) | self.env, stderr=subprocess.PIPE, text=True
+        )
+
+
+def ray_of(pod: Pod) -> Mapping[str, Any]:
+    (container,) = pod.template["spec"]["containers"]
+    found: Mapping[str, Any] = container
+    return found
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Head, two workers, two cache sidecars, each with the commands, variables and probes of the rendered sample."""
+    folder = tmp_path_factory.mktemp("pods")
+    one, maps = rendered_job(folder)
+    spec = one["spec"]["rayClusterSpec"]
+    (group,) = spec["workerGroupSpecs"]
     gcs, dashboard = free_port(), free_port()
-    token = (
-        {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-        if cluster["authOptions"]["mode"] == "token"
-        else {}
-    )
-    # A busy machine starts a raylet in more than the 30 s that Ray waits for it.
-    quiet = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_raylet_start_wait_time_s": "120"}
+    assert spec["authOptions"] == {"mode": "token"}
+    env = {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_ADDRESS": f"127.0.0.1:{gcs}",
+        # A busy machine starts a raylet in more than the 30 s that Ray waits for it.
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_raylet_start_wait_time_s": "120",
+    }
     with ExitStack() as stack:
-        sidecars = []
-        workers = [Pod(group["template"], tmp_path / f"w{idx}", maps) for idx in range(group["replicas"])]
+        daemons, raylets = [], []
+        workers = [Pod(group["template"], folder / f"w{idx}", maps) for idx in range(group["replicas"])]
         for pod in workers:
             (sidecar,) = pod.template["spec"]["initContainers"]
             log = pod.folder / "cache.log"
@@ -177,57 +222,105 @@ def test_the_rendered_job_trains(tmp_path: Path) -> None:
             daemon = stack.enter_context(process(pod.command(sidecar), pod.env(sidecar), log))
             until_probed(pod, sidecar, daemon, log)
             assert probe(pod, sidecar, "readinessProbe") and probe(pod, sidecar, "livenessProbe")
-            sidecars.append((pod, sidecar, daemon))
+            daemons.append(daemon)
 
-        head = Pod(cluster["headGroupSpec"]["template"], tmp_path / "head", maps)
+        head = Pod(spec["headGroupSpec"]["template"], folder / "head", maps)
         head.folder.mkdir()
-        (container,) = head.template["spec"]["containers"]
-        ports = {
+        params = {
+            **spec["headGroupSpec"]["rayStartParams"],
             "port": str(gcs),
             "dashboard-port": str(dashboard),
             "dashboard-host": "127.0.0.1",
             "node-ip-address": "127.0.0.1",
-        }
-        params = {
-            **cluster["headGroupSpec"]["rayStartParams"],
-            **ports,
-            **_agent_ports(),
             "temp-dir": _short_folder(stack),
+            **_agent_ports(),
         }
         log = head.folder / "ray.log"
+        # On the head the address is nobody else's: KubeRay sets RAY_ADDRESS to its own port, which `ray start --head` does not read.
         started = stack.enter_context(
-            process(ray_line(container, params, "--head"), head.env(container) | token | quiet, log)
+            process(ray_line(ray_of(head), params, "--head"), head.env(ray_of(head)) | env, log)
         )
         until_ready(params, started, log)  # as `wait-gcs-ready` keeps workers until the head is there
         for pod in workers:
-            (container,) = pod.template["spec"]["containers"]
             params = {
                 **group["rayStartParams"],
                 "address": f"127.0.0.1:{gcs}",
                 "node-ip-address": "127.0.0.1",
+                "num-cpus": ray_of(pod)["resources"]["limits"]["cpu"],
                 **_agent_ports(),
             }
-            params["num-cpus"] = container["resources"]["limits"]["cpu"]
-            env = pod.env(container) | token | quiet | {"RAY_ADDRESS": f"127.0.0.1:{gcs}"}
             log = pod.folder / "ray.log"
-            until_ready(params, stack.enter_context(process(ray_line(container, params), env, log)), log)
-
-        submitted = f"ray job submit --address http://127.0.0.1:{dashboard} --submission-id smoke-1 -- {one['spec']['entrypoint']}"
-        # The ConfigMap is mounted at one path in all pods; here each has its own folder, and the line runs in the head's.
-        submitted = head.place(head.template["spec"]["containers"][0], submitted)
-        (submitter,) = one["spec"]["submitterPodTemplate"]["spec"]["containers"]
-        done = subprocess.run(
-            ["bash", "-c", submitted], env=head.env(submitter) | token, capture_output=True, text=True, check=False
-        )
-        output = done.stdout + done.stderr
-        assert done.returncode == 0, output + _logs(tmp_path)
-        read = f"{256 * 64} bytes read, {2 * 256 * 64} by all {NOTE}"
-        for pod, sidecar, _ in sidecars:
-            assert f" of 2: cache at {pod.volume('cache-run')}/cache.sock, {read}" in output
-            assert probe(pod, sidecar, "livenessProbe")
-        for _, _, daemon in sidecars:
+            started = stack.enter_context(process(ray_line(ray_of(pod), params), pod.env(ray_of(pod)) | env, log))
+            until_ready(params, started, log)
+            raylets.append(started)
+        yield Cluster(one, head, workers, daemons, raylets, f"http://127.0.0.1:{dashboard}", env)
+        for daemon in daemons:
             daemon.terminate()
             assert daemon.wait(timeout=10) == 0
+
+
+def test_the_rendered_job_trains(cluster: Cluster) -> None:
+    """Each rank reads through its own pod's daemon, and the arguments arrive as they were written."""
+    submitted = cluster.submit("smoke-1", cluster.job["spec"]["entrypoint"])
+    output, _ = submitted.communicate()
+    assert submitted.returncode == 0, output + _logs(cluster.head.folder.parent)
+    read = f"{256 * 64} bytes read, {2 * 256 * 64} by all {NOTE}"
+    for pod in cluster.workers:
+        assert f" of 2: cache at {pod.volume('cache-run')}/cache.sock, {read}" in output
+        (sidecar,) = pod.template["spec"]["initContainers"]
+        assert probe(pod, sidecar, "livenessProbe")
+
+
+SAVES = """\
+import os, pathlib, signal, sys, time
+here, rank = pathlib.Path(sys.argv[1]), os.environ["RANK"]
+def save(*_):
+    time.sleep(4)  # Ray alone would kill after 3
+    (here / f"saved-{rank}").touch()
+    sys.exit(0)
+signal.signal(signal.SIGTERM, save)
+(here / f"started-{rank}").touch()
+while True:
+    time.sleep(0.1)
+"""
+
+
+def test_ranks_of_a_job_whose_pods_go_have_time_to_save(cluster: Cluster, tmp_path: Path) -> None:
+    """As at `stop`: all pods are told to go at once. Without the hooks Ray would end with its ranks within the second."""
+    (tmp_path / "save.py").write_text(SAVES)
+    words = ["python", "-m", "launcher", "--address", "auto", "--nnodes", "2", str(tmp_path / "save.py"), str(tmp_path)]
+    submitted = cluster.submit("saves-1", shlex.join(words))
+    try:
+        _until(lambda: {path.name for path in tmp_path.glob("started-*")} == {"started-0", "started-1"}, submitted)
+        hooks = [
+            cluster.hook(pod, "--proc", str(_processes(raylet, tmp_path / pod.folder.name)))
+            for pod, raylet in zip(cluster.workers, cluster.raylets, strict=True)
+        ]
+        hooks.append(cluster.hook(cluster.head, "--dashboard", cluster.dashboard))
+        for hook in hooks:
+            said = hook.communicate()[1]
+            assert hook.returncode == 0 and "is told to go" in said and "not told" not in said, said
+        assert {path.name for path in tmp_path.glob("saved-*")} == {"saved-0", "saved-1"}
+    finally:
+        submitted.kill()
+        submitted.communicate()
+
+
+def _processes(root: subprocess.Popen[bytes], folder: Path) -> Path:
+    """A pod sees its own processes only; here its /proc is made of those that its container has started."""
+    folder.mkdir()
+    for one in (psutil.Process(root.pid), *psutil.Process(root.pid).children(recursive=True)):
+        (folder / str(one.pid)).symlink_to(f"/proc/{one.pid}")
+    return folder
+
+
+def _until(holds: Callable[[], bool], submitted: subprocess.Popen[str]) -> None:
+    for _ in range(600):
+        if holds():
+            return
+        assert submitted.poll() is None, submitted.communicate()[0]
+        time.sleep(0.1)
+    pytest.fail("it never happened")
 
 
 def _agent_ports() -> dict[str, str]:
