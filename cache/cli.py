@@ -20,7 +20,7 @@ from typing import Any
 
 import click
 
-from cache.daemon.config import DaemonConfig, format_bytes, parse_address, parse_bytes
+from cache.daemon.config import DaemonConfig, Share, format_bytes, parse_address, parse_bytes, parse_share
 from cache.errors import CacheConfigError, CacheError, DaemonUnavailable
 from cache.store.directory import serving_daemon
 
@@ -31,6 +31,10 @@ DEFAULT_SOCKET_NAME = "cache.sock"
 
 def _bytes(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
     return None if value is None else parse_bytes(value)
+
+
+def _share(ctx: click.Context, param: click.Parameter, value: str) -> Share:
+    return parse_share(value)
 
 
 def _address(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[str, int] | None:
@@ -92,6 +96,25 @@ def cli() -> None:
     "--socket", type=click.Path(path_type=Path), help=f"Unix socket to serve. [default: DIR/{DEFAULT_SOCKET_NAME}]"
 )
 @click.option("--max-files", default=1_000_000, show_default=True, help="Hard bound on the number of files (inodes).")
+@click.option(
+    "--keep-free",
+    callback=_share,
+    default="1%",
+    show_default=True,
+    metavar="SIZE|%",
+    help="Leave this much of the disk to its other users, whatever --capacity says.",
+)
+@click.option(
+    "--keep-free-files", callback=_share, default="1%", show_default=True, metavar="N|%", help="The same in inodes."
+)
+@click.option(
+    "--scrub-rate",
+    callback=_bytes,
+    default="8MiB",
+    show_default=True,
+    metavar="SIZE",
+    help="Read this much per second back from the disk and compare it, while readers need nothing. 0: never.",
+)
 @click.option("--workers", default=2, show_default=True, help="Fetch worker processes.")
 @click.option(
     "--max-in-flight", default=32, show_default=True, help="Requests to origins at once, of up to 4 MiB each."
@@ -113,6 +136,9 @@ def serve(
     capacity: int,
     socket: Path | None,
     max_files: int,
+    keep_free: Share,
+    keep_free_files: Share,
+    scrub_rate: int,
     workers: int,
     max_in_flight: int,
     metadata_ttl: float,
@@ -130,6 +156,9 @@ def serve(
         capacity_bytes=capacity,
         socket=(socket or directory / DEFAULT_SOCKET_NAME).absolute(),
         max_files=max_files,
+        keep_free=keep_free,
+        keep_free_files=keep_free_files,
+        scrub_bytes_per_s=scrub_rate,
         num_workers=workers,
         max_in_flight=max_in_flight,
         metadata_ttl_s=metadata_ttl,
@@ -275,10 +304,22 @@ def _status_page(account: dict[str, Any]) -> str:
             f"{reads:.0f}, hit ratio {hit_ratio}, {format_bytes(readers.get('direct_bytes', 0))} past the daemon",
         ),
         ("waited", f"{readers.get('wait_s', 0):.1f} s: {waits}"),
-        ("verified", f"{counters['verified_blocks']} blocks, {counters['rotten_blocks']} rotten"),
+        ("disk", _disk_line(account["disk"], capacity)),
+        (
+            "verified",
+            f"{counters['verified_blocks']} blocks, {counters['rotten_blocks']} rotten; scrubbed {counters['scrubbed_blocks']}, "
+            f"{account['scrub_rounds']} times through",
+        ),
         ("evicted", f"{format_bytes(counters['evicted_bytes'])} in {counters['evicted_extents']} extents"),
     ]
     return "\n".join(f"{name:<16} {text}" for name, text in rows)
+
+
+def _disk_line(disk: dict[str, Any], capacity: int) -> str:
+    free = f", {format_bytes(disk['free_bytes'])} free on it" if disk["free_bytes"] is not None else ""
+    reason = f" ({disk['reason']})" if disk["state"] != "ok" else ""
+    short = f"; others need it: {format_bytes(disk['bound_bytes'])} are ours" if disk["bound_bytes"] < capacity else ""
+    return f"{disk['state']}{reason}{free}{short}"
 
 
 def main() -> None:

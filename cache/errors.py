@@ -4,6 +4,7 @@ CacheError
 ├── CacheConfigError        the person who configured it: a bad option, URL or directory
 ├── DaemonUnavailable       platform: no daemon answers at the socket (clients go to the origin instead)
 ├── CapacityError           platform: the block cannot be kept locally (clients go to the origin instead)
+│   └── DiskError           the local disk itself refused (`kind` says how: full, inodes, quota, read-only, gone, io, slow, other)
 ├── FormatError             whoever wrote the shard: its bytes are not what the format says (`offset` says where)
 ├── CorruptBlock            platform: bytes on the local disk are not those that were fetched
 └── OriginError             the object store; `is_retryable` says whether trying again can help
@@ -55,6 +56,17 @@ class DaemonUnavailable(CacheError):
 
 class CapacityError(CacheError):
     pass
+
+
+class DiskError(CapacityError):
+    """The local disk refused. `kind`: full, inodes, quota, read-only, gone (the directory), io, slow or other."""
+
+    def __init__(self, message: str, *, advice: str = "", url: str = "", kind: str = "other") -> None:
+        super().__init__(message, advice=advice, url=url)
+        self.kind = kind
+
+    def to_wire(self) -> dict[str, Any]:
+        return {**super().to_wire(), "kind": self.kind}
 
 
 class FormatError(CacheError):
@@ -116,6 +128,7 @@ _BY_NAME: dict[str, type[CacheError]] = {
         CacheConfigError,
         DaemonUnavailable,
         CapacityError,
+        DiskError,
         FormatError,
         CorruptBlock,
         OriginError,
@@ -134,6 +147,10 @@ def from_wire(data: dict[str, Any]) -> CacheError:
     fields = dict(data)
     cls = _BY_NAME.get(str(fields.pop("type", "")), CacheError)
     message = str(fields.pop("message", "unknown error"))
-    own: dict[type[CacheError], set[str]] = {OriginThrottled: {"retry_after_s"}, FormatError: {"offset"}}
+    own: dict[type[CacheError], set[str]] = {
+        OriginThrottled: {"retry_after_s"},
+        FormatError: {"offset"},
+        DiskError: {"kind"},
+    }
     known = {"advice", "url"} | own.get(cls, set())
     return cls(message, **{key: value for key, value in fields.items() if key in known})

@@ -178,7 +178,10 @@ class CachedObject:
             end = min(offset + len(view), (offset // EXTENT_BYTES + 1) * EXTENT_BYTES)
             part = view[: end - offset]
             extent, cause = self._wait(offset, end)
-            if extent is None or not _pread_all(extent.fd, part, HEADER_BYTES + offset % EXTENT_BYTES):
+            if extent is None:
+                self._read_direct(offset, part)
+            elif not _pread_all(extent.fd, part, HEADER_BYTES + offset % EXTENT_BYTES):
+                self._suspect(extent)
                 self._read_direct(offset, part)
             elif cause == "hit":
                 self._door.stats.hits += 1
@@ -303,6 +306,13 @@ class CachedObject:
         self._readahead = min(2 * self._readahead, MAX_READAHEAD_BLOCKS)
         if any(not mapping.words[mapping.base + b] for b in range(first, end)):
             self._hint(mapping, first, end)
+
+    def _suspect(self, extent: OpenExtent) -> None:
+        """Tells the daemon that a file which it gave us cannot be read, so that it looks."""
+        mapping = self._mapping
+        if mapping is not None:
+            with contextlib.suppress(DaemonUnavailable):
+                mapping.link.tell({"op": "suspect", "content_id": extent.key[0], "extent_idx": extent.key[1]})
 
     def _hint(self, mapping: Mapping, first: int, end: int) -> None:
         with contextlib.suppress(DaemonUnavailable):

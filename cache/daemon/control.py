@@ -24,11 +24,13 @@ from cache.daemon.pool import WorkerPool
 from cache.daemon.words import Words
 from cache.order.lookahead import Visit
 from cache.residency import messages as m
-from cache.residency.budget import Budget
+from cache.residency.budget import Budget, Floor
+from cache.residency.health import Health
 from cache.residency.machine import Residency
 from cache.residency.slots import HEARTBEAT_WORD
 from cache.residency.state import Limits
 from cache.store.directory import CacheDirectory
+from cache.store.files import disk_space
 from cache.store.format import HEADER_BYTES
 from cache.store.recovery import Recovered
 
@@ -48,9 +50,11 @@ class Control:
         self.directory = directory
         self.words = Words(NUM_WORDS)
         self.pool = WorkerPool(config.num_workers)
+        space = disk_space(directory.path)
+        floor = Floor(config.keep_free.of(space.total_bytes), config.keep_free_files.of(space.total_files or 0))
         self.residency = Residency(
-            Budget(config.capacity_bytes, config.max_files),
-            limits=Limits(config.max_in_flight, config.max_in_flight // 4, HEADER_BYTES),
+            Budget(config.capacity_bytes, config.max_files, keep_free=floor),
+            limits=Limits(config.max_in_flight, config.max_in_flight // 4, HEADER_BYTES, config.scrub_bytes_per_s),
             rng=random.Random(),
             num_words=NUM_WORDS,
         )
@@ -67,6 +71,7 @@ class Control:
         self._request_ids = itertools.count(1)
         self._answers: dict[int, asyncio.Future[m.Answer]] = {}
         self._timer: asyncio.TimerHandle | None = None
+        self._health_said_s = 0.0
 
     # -- life --
 
@@ -80,12 +85,21 @@ class Control:
         # The capacity may have been made smaller since the last run: evict down to it before anybody reads.
         self._step(m.CapacityChanged(self.config.capacity_bytes))
         self._spawn(self._beat())
+        self._spawn(self.hands.watch_disk(self.residency.budget))
+        if self.config.scrub_bytes_per_s:
+            self._spawn(self._scrub())
 
     async def _beat(self) -> None:
         """Readers that wait watch this word: a daemon that is frozen or stuck must not hold them up."""
         for beat in itertools.count(1):
             self.words.publish(HEARTBEAT_WORD, beat)
             await asyncio.sleep(HEARTBEAT_S)
+
+    async def _scrub(self) -> None:
+        """Offers the machine a moment to read a block back; whether it is a good one is its decision."""
+        while True:
+            self._step(m.ScrubDue())
+            await asyncio.sleep(max(0.02, self.residency.scrubber.next_s() - time.monotonic()))
 
     async def close(self) -> None:
         """Ends everything within about a second. What is resident stays for the next start."""
@@ -165,6 +179,8 @@ class Control:
             "streams": residency.lookahead.num_streams,
             "announced_visits": residency.lookahead.num_announced,
             "worker_restarts": self.pool.num_restarts,
+            "scrub_rounds": residency.scrubber.num_rounds,
+            "disk": self._disk_status(),
             "counters": asdict(residency.counters),
             "recovery": {
                 "extents": len(self.recovered.rows),
@@ -188,10 +204,37 @@ class Control:
             raise answer.error
         return answer
 
+    def _disk_status(self) -> dict[str, Any]:
+        """The disk's health with its reasons, and what it has left for everybody."""
+        health, space, now = self.residency.health, self.hands.space, time.monotonic()
+        return {
+            "state": health.state.value,
+            "reason": health.reason,
+            "for_s": round(now - health.since_s, 3) if health.since_s else None,
+            "failures": dict(health.failures),
+            "changes": [
+                {"from": c.before.value, "to": c.after.value, "reason": c.reason, "ago_s": round(now - c.at_s, 3)}
+                for c in health.history
+            ],
+            "free_bytes": space.free_bytes if space is not None else None,
+            "free_files": space.free_files if space is not None else None,
+            "bound_bytes": self.residency.budget.bound_bytes,
+            "bound_files": self.residency.budget.bound_files,
+        }
+
     def _step(self, event: m.Event) -> None:
         for action in self.residency.step(event, time.monotonic()):
             self._perform(action)
+        self._say_health()
         self._set_timer()
+
+    def _say_health(self) -> None:
+        """One line per change: who reads the log learns when the disk went and came back, and why."""
+        health = self.residency.health
+        if health.since_s != self._health_said_s:
+            self._health_said_s = health.since_s
+            level = logging.INFO if health.state is Health.OK else logging.WARNING
+            log.log(level, "the disk of %s is %s: %s", self.directory.path, health.state.value, health.reason)
 
     def _perform(self, action: m.Action) -> None:
         match action:
@@ -212,6 +255,8 @@ class Control:
                 if ghost is not None:
                     self.on_held_evicted(list(ghost.holders))
                 self._spawn(self.hands.remove(action))
+            case m.ProbeDisk():
+                self._spawn(self.hands.probe(action))
             case m.ReadTable():
                 self._spawn(self.hands.read_table(action))
 

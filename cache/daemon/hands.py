@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import logging
 import sqlite3
+import time
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -16,11 +17,13 @@ from typing import Any, TypeVar
 from cache.blocks import BLOCKS_PER_EXTENT, ExtentId, ObjectId, run_span
 from cache.daemon import wire
 from cache.daemon.pool import WorkerPool
-from cache.errors import CacheError, CorruptBlock, ObjectChanged, OriginUnavailable
+from cache.errors import CacheError, CorruptBlock, DiskError, ObjectChanged, OriginUnavailable
 from cache.residency import messages as m
+from cache.residency.budget import Budget
+from cache.residency.health import SLOW_S
 from cache.residency.retry import RetryPolicy
 from cache.store.directory import CacheDirectory
-from cache.store.files import create_extent, remove_extent
+from cache.store.files import DiskSpace, create_extent, disk_space, probe_disk, remove_extent, slow_disk_error
 from cache.store.format import ExtentHeader
 from cache.store.index import Index, IndexRow
 from cache.store.recovery import Recovered, recover
@@ -28,6 +31,12 @@ from cache.store.recovery import Recovered, recover
 log = logging.getLogger("railhead.cache")
 
 T = TypeVar("T")
+
+WATCH_EVERY_S = 2.0
+"""How often to look at what the file system has left for its other users."""
+
+DISK_TIMEOUT_S = 10.0
+"""A disk that has not answered a question about itself (or a probe of 1 MiB) for this long is in trouble; so is who waits for it."""
 
 WORKER_RETRY = RetryPolicy(max_attempts=5, base_s=0.1, cap_s=2.0)
 
@@ -46,6 +55,8 @@ class Hands:
         self.pool = pool
         self._tell = tell
         self._on_changed = on_changed
+        self.space: DiskSpace | None = None
+        """What the file system had left when it was looked at last."""
         self._index: Index | None = None
         self._disk = ThreadPoolExecutor(max_workers=1, thread_name_prefix="disk")
 
@@ -101,13 +112,15 @@ class Hands:
             "slot": action.first % BLOCKS_PER_EXTENT,
         }
         try:
-            await self.pool.request(request)
+            frame = await self.pool.request(request)
         except CacheError as error:
             if isinstance(error, ObjectChanged):
                 self._on_changed(oid)
             self._tell(m.BlocksFailed(extent, action.generation, action.first, action.end, error))
         else:
-            self._tell(m.BlocksLanded(extent, action.generation, action.first, action.end, end - start))
+            write_s = float(frame.header.get("write_s", 0.0))
+            landed = m.BlocksLanded(extent, action.generation, action.first, action.end, end - start, write_s)
+            self._tell(landed)
 
     async def check(self, action: m.CheckBlocks) -> None:
         extent = ExtentId(action.object_id.content_id, action.extent_idx)
@@ -117,27 +130,70 @@ class Hands:
             "path": str(self.directory.extent_path(extent, action.generation)),
             "slot": action.first % BLOCKS_PER_EXTENT,
             "length": end - start,
+            "from_device": action.from_device,
         }
-        sound = (False,) * (action.end - action.first)
-        with contextlib.suppress(CacheError):
-            sound = tuple(map(bool, (await self._from_worker(request)).header["sound"]))
+        sound, read_s, disk_error = (False,) * (action.end - action.first), 0.0, None
+        try:
+            header = (await self._from_worker(request)).header
+            sound, read_s = tuple(map(bool, header["sound"])), float(header["read_s"])
+        except CacheError as error:
+            disk_error = error if isinstance(error, DiskError) else None
+            log.warning(
+                "blocks %d to %d of %s cannot be read back: %s", action.first, action.end, action.object_id.url, error
+            )
         for block in (block for block, is_sound in enumerate(sound, start=action.first) if not is_sound):
-            log.warning("block %d of %s does not match its checksum: discarded", block, action.object_id.url)
-        self._tell(m.BlocksChecked(extent, action.generation, action.first, sound))
+            log.warning("block %d of %s is not what was written: discarded", block, action.object_id.url)
+        self._tell(m.BlocksChecked(extent, action.generation, action.first, sound, disk_error, read_s))
 
     def create(self, action: m.CreateExtent) -> Coroutine[Any, Any, None]:
         """Queues the work at once, so that the disk sees files come and go in the machine's order; what is returned waits for it."""
         return self._create(action, self._on_disk(self._create_on_disk, action))
 
+    async def probe(self, action: m.ProbeDisk) -> None:
+        """A probe that takes long is one that failed."""
+        error: DiskError | None = None
+        started = time.monotonic()
+        try:
+            await asyncio.wait_for(self._on_disk(probe_disk, self.directory), DISK_TIMEOUT_S)
+        except DiskError as failed:
+            error = failed
+        except TimeoutError:
+            error = slow_disk_error("the probe of the disk", DISK_TIMEOUT_S)
+        seconds = time.monotonic() - started
+        if error is None and seconds > SLOW_S:
+            error = slow_disk_error("the probe of the disk", seconds)
+        self._tell(m.DiskProbed(error))
+
+    async def watch_disk(self, budget: Budget) -> None:
+        """Looks now and then at what the file system has left, and whether it answers at all. Never returns."""
+        while True:
+            # What the disk thread has been given until now is done before it looks, so these are the figures of that moment.
+            used_bytes, num_files = budget.used_bytes, budget.num_files
+            look = self._on_disk(disk_space, self.directory.path)
+            try:
+                space = await asyncio.wait_for(asyncio.shield(look), DISK_TIMEOUT_S)
+                self.space = space
+                self._tell(m.DiskSeen(used_bytes, num_files, space.free_bytes, space.free_files))
+            except DiskError as error:
+                self._tell(m.DiskTroubled(error))
+            except TimeoutError:
+                self._tell(m.DiskTroubled(slow_disk_error("a look at the disk", DISK_TIMEOUT_S)))
+                await asyncio.wait([look])
+            await asyncio.sleep(WATCH_EVERY_S)
+
     async def _create(self, action: m.CreateExtent, made: asyncio.Future[None]) -> None:
         extent = ExtentId(action.object_id.content_id, action.extent_idx)
+        started = time.monotonic()
         try:
             await made
         except CacheError as error:
             log.warning("%s", error)
             self._tell(m.ExtentFailed(extent, action.generation, error))
-        else:
-            self._tell(m.ExtentCreated(extent, action.generation))
+            return
+        self._tell(m.ExtentCreated(extent, action.generation))
+        seconds = time.monotonic() - started
+        if seconds > SLOW_S:
+            self._tell(m.DiskTroubled(slow_disk_error("making a file", seconds)))
 
     def _create_on_disk(self, action: m.CreateExtent) -> None:
         assert self._index is not None

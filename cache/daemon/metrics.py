@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from cache.errors import CacheConfigError
+from cache.residency.health import Health
 
 if TYPE_CHECKING:
     from prometheus_client.registry import Collector
@@ -27,6 +28,7 @@ GAUGES = {
     "announced_visits": "Reads that are known in advance",
     "uptime_s": "Seconds since the daemon started",
 }
+DISK_STATE = "1 for the state that the disk's health is in"
 COUNTERS = {
     "fetched_blocks": "Blocks fetched from the origin",
     "fetched_bytes": "Bytes fetched from the origin",
@@ -39,6 +41,8 @@ COUNTERS = {
     "failed_blocks": "Fetches given up",
     "evicted_extents": "Extents evicted",
     "evicted_bytes": "Bytes evicted",
+    "scrubbed_blocks": "Blocks read back by scrubbing",
+    "lost_extents": "Extent files that somebody removed under the daemon",
     "refused_for_room": "Reads sent to the origin because no room could be made",
 }
 READERS = {
@@ -64,6 +68,10 @@ class _DaemonCollector:
         status = self._daemon.status()
         for key, text in GAUGES.items():
             yield GaugeMetricFamily(f"railhead_cache_{_unit(key)}", text, value=status[key])
+        states = GaugeMetricFamily("railhead_cache_disk_state", DISK_STATE, labels=["state"])
+        for health in Health:
+            states.add_metric([health.value], float(status["disk"]["state"] == health.value))
+        yield states
         for key, text in COUNTERS.items():
             yield CounterMetricFamily(f"railhead_cache_{_unit(key)}", text, value=status["counters"][key])
         for key, text in READERS.items():

@@ -13,7 +13,8 @@ Requests and their answers (each request with an `id` is answered exactly once, 
 Between answers a reader may be told {"evicted": true}: files that it holds were evicted and their space is needed.
 
 and without an answer: hint {content_id, first, end}, release {content_id, extent_idx, generation}, announce {stream, urls, num_visits} +
-visits, advance {stream, num_visits}, close_stream {stream}, report {stats}.
+visits, advance {stream, num_visits}, close_stream {stream}, report {stats},
+suspect {content_id, extent_idx}.
 """
 
 from __future__ import annotations
@@ -195,6 +196,7 @@ class Session:
                 return header, [os.open(path, os.O_RDONLY | os.O_CLOEXEC)]
             except OSError as error:
                 self._control.tell(m.ExtentReleased(self._client_id, extent, answer.generation))
+                self._control.tell(m.ExtentSuspected(extent))
                 raise CapacityError(
                     f"the file of an extent of {content_id} cannot be opened: {error.strerror}"
                 ) from error
@@ -260,6 +262,10 @@ class Session:
         extent = ExtentId(str(request["content_id"]), int(request["extent_idx"]))
         self._control.tell(m.ExtentReleased(self._client_id, extent, int(request["generation"])))
 
+    def _suspect(self, request: dict[str, Any]) -> None:
+        """A reader could not read a file that it was given, and has read the origin instead."""
+        self._control.tell(m.ExtentSuspected(ExtentId(str(request["content_id"]), int(request["extent_idx"]))))
+
     def _report(self, request: dict[str, Any]) -> None:
         self._clients.report(self._client_id, dict(request["stats"]))
 
@@ -280,6 +286,7 @@ _TOLD: dict[str, Callable[[Session, dict[str, Any]], None]] = {
     "hint": Session._hint,
     "release": Session._release,
     "report": Session._report,
+    "suspect": Session._suspect,
 }
 
 

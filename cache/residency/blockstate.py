@@ -2,7 +2,7 @@
 
 ABSENT      not on disk (or not known to be)
 FETCHING    a worker is writing it; nobody may read it
-UNVERIFIED  on disk since before this daemon started; nobody may read it until its checksum was seen
+UNVERIFIED  on disk since before this daemon started, or since before the disk failed; nobody may read it until its checksum was seen
 VERIFYING   a worker is reading it back; nobody may read it
 RESIDENT    readable without asking
 CHECKING    readable, and being read back once more
@@ -41,6 +41,7 @@ class BlockMove(enum.Enum):
     SOUND = "sound"
     ROTTEN = "rotten"
     EVICT = "evict"
+    DOUBT = "doubt"
 
 
 _S, _M = BlockState, BlockMove
@@ -57,6 +58,7 @@ TRANSITIONS: Final[dict[tuple[BlockState, BlockMove], BlockState]] = {
     (_S.VERIFYING, _M.ROTTEN): _S.ABSENT,
     (_S.RESIDENT, _M.CHECK): _S.CHECKING,
     (_S.RESIDENT, _M.EVICT): _S.ABSENT,
+    (_S.RESIDENT, _M.DOUBT): _S.UNVERIFIED,
     (_S.CHECKING, _M.SOUND): _S.RESIDENT,
     (_S.CHECKING, _M.ROTTEN): _S.ABSENT,
 }

@@ -15,6 +15,9 @@ STALE_HOLD_S = 2.0
 expected back soon."""
 
 
+UNBOUNDED = 1 << 62
+
+
 @dataclass
 class Ghost:
     """An evicted file that readers still hold open: its bytes are on the disk until the last of them lets go."""
@@ -26,6 +29,24 @@ class Ghost:
 
 
 @dataclass
+class Floor:
+    """What is left to the other users of the disk: the cache gives way before the file system has less than this free."""
+
+    keep_bytes: int = 0
+    keep_files: int = 0
+    bound_bytes: int = UNBOUNDED
+    """What the cache's files may take so that the floor is kept; by the last look at the disk."""
+    bound_files: int = UNBOUNDED
+
+    def seen(self, used_bytes: int, free_bytes: int, num_files: int, free_files: int | None) -> None:
+        """Both sides take from the same disk: what we may have is what we have and what is free above the floor (less than we have, if
+        the others went below it). Our own growth between two looks changes nothing in that sum."""
+        self.bound_bytes = max(0, used_bytes + free_bytes - self.keep_bytes) if self.keep_bytes else UNBOUNDED
+        no_bound = free_files is None or not self.keep_files
+        self.bound_files = UNBOUNDED if no_bound else max(0, num_files + (free_files or 0) - self.keep_files)
+
+
+@dataclass
 class Budget:
     """`capacity_bytes` and `max_files` bound the files of the cache, evicted ones that are still held included."""
 
@@ -33,24 +54,38 @@ class Budget:
     max_files: int
     used_bytes: int = 0
     num_files: int = 0
+    keep_free: Floor = field(default_factory=Floor)
     ghosts: dict[tuple[ExtentId, int], Ghost] = field(default_factory=dict)
 
     @property
+    def bound_bytes(self) -> int:
+        """The capacity, or less while others need the disk."""
+        return min(self.capacity_bytes, self.keep_free.bound_bytes)
+
+    @property
+    def bound_files(self) -> int:
+        return min(self.max_files, self.keep_free.bound_files)
+
+    @property
     def free_bytes(self) -> int:
-        """Negative when the capacity was made smaller than what is there."""
-        return self.capacity_bytes - self.used_bytes
+        """Negative when the bound was made smaller than what is there."""
+        return self.bound_bytes - self.used_bytes
+
+    @property
+    def free_files(self) -> int:
+        return self.bound_files - self.num_files
 
     @property
     def is_exceeded(self) -> bool:
         """The bound was made smaller than what is there."""
-        return self.free_bytes < 0 or self.num_files > self.max_files
+        return self.free_bytes < 0 or self.free_files < 0
 
     @property
     def held_bytes(self) -> int:
         return sum(ghost.size_bytes for ghost in self.ghosts.values())
 
     def take(self, size_bytes: int) -> None:
-        assert size_bytes <= self.free_bytes and self.num_files < self.max_files, (size_bytes, self)
+        assert size_bytes <= self.free_bytes and self.free_files > 0, (size_bytes, self)
         self.adopt(size_bytes)
 
     def adopt(self, size_bytes: int) -> None:

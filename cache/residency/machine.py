@@ -20,11 +20,13 @@ from cache.order.lookahead import Lookahead
 from cache.residency import messages as m
 from cache.residency import on_disk, on_readers
 from cache.residency.budget import Budget
+from cache.residency.health import DiskHealth
 from cache.residency.patience import Patience
 from cache.residency.policy import EvictionPolicy, FarthestNextUse
-from cache.residency.pump import pump
+from cache.residency.pump import pump, scrub
 from cache.residency.residents import Residents
 from cache.residency.retry import RetryPolicy
+from cache.residency.scrub import Scrubber
 from cache.residency.state import Limits, State, Totals
 
 
@@ -41,8 +43,9 @@ class Residency:
         rng: random.Random | None = None,
         num_words: int = 1 << 24,
     ) -> None:
-        patience = Patience(retry or RetryPolicy(), rng or random.Random(0))
-        self._state = State(budget, limits or Limits(), policy or FarthestNextUse(), patience, num_words)
+        rng = rng or random.Random(0)
+        patience = Patience(retry or RetryPolicy(), rng)
+        self._state = State(budget, limits or Limits(), policy or FarthestNextUse(), patience, rng, num_words)
 
     # -- what the shell asks --
 
@@ -66,8 +69,8 @@ class Residency:
     def next_deadline_s(self) -> float | None:
         """When TimePassed should come at the latest; None: nothing waits for time."""
         s = self._state
-        retry_s = s.patience.next_deadline_s()
-        return min([*s.room_deadline_s.values(), *([] if retry_s is None else [retry_s])], default=None)
+        others = [s.patience.next_deadline_s(), s.health.next_deadline_s()]
+        return min([*s.room_deadline_s.values(), *(at_s for at_s in others if at_s is not None)], default=None)
 
     @property
     def budget(self) -> Budget:
@@ -88,6 +91,14 @@ class Residency:
     @property
     def residents(self) -> Residents:
         return self._state.residents
+
+    @property
+    def health(self) -> DiskHealth:
+        return self._state.health
+
+    @property
+    def scrubber(self) -> Scrubber:
+        return self._state.scrubber
 
     @property
     def in_flight(self) -> int:
@@ -148,7 +159,12 @@ _HANDLERS: dict[type, Callable[[State, Any], None]] = {
     m.BlocksChecked: on_disk.blocks_checked,
     m.EvictAsked: on_readers.evict_asked,
     m.CapacityChanged: on_disk.capacity_changed,
+    m.DiskSeen: on_disk.disk_seen,
+    m.DiskTroubled: on_disk.disk_troubled,
+    m.DiskProbed: on_disk.disk_probed,
+    m.ExtentSuspected: on_readers.extent_suspected,
+    m.ScrubDue: scrub,
     m.TimePassed: on_disk.time_passed,
 }
 
-_CHANGES_NO_PREFETCH = (m.BlocksChecked, m.BlocksWanted, m.ExtentHeld, m.ObjectOpened, m.CheckAsked)
+_CHANGES_NO_PREFETCH = (m.BlocksChecked, m.BlocksWanted, m.ExtentHeld, m.ObjectOpened, m.CheckAsked, m.ScrubDue)

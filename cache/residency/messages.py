@@ -138,6 +138,8 @@ class BlocksLanded:
     first: int
     end: int
     num_bytes: int
+    write_s: float = 0.0
+    """How long the local disk took to take it."""
 
 
 @dataclass(frozen=True)
@@ -159,6 +161,9 @@ class BlocksChecked:
     generation: int
     first: int
     sound: tuple[bool, ...]
+    disk_error: CacheError | None = None
+    """Why they are not sound, when the disk could not read them; None: their bytes are others."""
+    read_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -170,7 +175,46 @@ class EvictAsked:
 
 @dataclass(frozen=True)
 class CapacityChanged:
+    """A new bound; None leaves the one on files as it is."""
+
     capacity_bytes: int
+    max_files: int | None = None
+
+
+@dataclass(frozen=True)
+class DiskSeen:
+    """What the file system has left for everybody, and what of it was ours at that moment. None: it does not count inodes."""
+
+    used_bytes: int
+    num_files: int
+    free_bytes: int
+    free_files: int | None
+
+
+@dataclass(frozen=True)
+class DiskTroubled:
+    """The local disk refused or was too slow at something that belongs to no extent."""
+
+    error: CacheError
+
+
+@dataclass(frozen=True)
+class DiskProbed:
+    """A ProbeDisk has ended; `error`: what went wrong."""
+
+    error: CacheError | None
+
+
+@dataclass(frozen=True)
+class ExtentSuspected:
+    """A reader could not read a file that it was given: its blocks are to be read back."""
+
+    extent: ExtentId
+
+
+@dataclass(frozen=True)
+class ScrubDue:
+    """Time to read a block back, if nobody needs the disk for something better."""
 
 
 @dataclass(frozen=True)
@@ -199,6 +243,11 @@ Event = (
     | BlocksChecked
     | EvictAsked
     | CapacityChanged
+    | DiskSeen
+    | DiskTroubled
+    | DiskProbed
+    | ExtentSuspected
+    | ScrubDue
     | TimePassed
 )
 
@@ -246,13 +295,20 @@ class FetchBlocks:
 
 @dataclass(frozen=True)
 class CheckBlocks:
-    """Read the blocks [first, end) of one extent back, at most BLOCKS_PER_FETCH."""
+    """Read the blocks [first, end) of one extent back, at most BLOCKS_PER_FETCH. `from_device`: past the page cache (nobody is about to
+    read them)."""
 
     object_id: ObjectId
     extent_idx: int
     generation: int
     first: int
     end: int
+    from_device: bool = False
+
+
+@dataclass(frozen=True)
+class ProbeDisk:
+    """Try whether a file can be written and read back again."""
 
 
 @dataclass(frozen=True)
@@ -265,4 +321,4 @@ class Answer:
     error: CacheError | None = field(default=None)
 
 
-Action = PublishWord | CreateExtent | RemoveExtent | ReadTable | FetchBlocks | CheckBlocks | Answer
+Action = PublishWord | CreateExtent | RemoveExtent | ReadTable | FetchBlocks | CheckBlocks | ProbeDisk | Answer

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from cache.errors import CacheError, DiskError
 from cache.residency import messages as m
 from cache.residency.blockstate import BlockMove, BlockState
 from cache.residency.budget import INDEX_BYTES_PER_EXTENT
+from cache.residency.health import SLOW_S
 from cache.residency.residents import Extent
 from cache.residency.state import State
-
-DISK_PAUSE_S = 5.0
-"""After the disk refused a new file no other is tried for this long: readers are sent to the origin at once."""
+from cache.residency.waiting import BlockKey
 
 
 def extent_found(s: State, event: m.ExtentFound) -> None:
@@ -55,11 +55,11 @@ def extent_failed(s: State, event: m.ExtentFailed) -> None:
         s.evict(extent)
         s.demand.update((key, None) for key in keys if s.waiting.is_wanted(key))
         return
-    s.no_files_until_s = s.now + DISK_PAUSE_S
-    s.disk_error = event.error
+    s.patience.failed(keys, event.error, s.now)  # cools down: not fetched ahead again at once
     for key in keys:
         s.fail(key, event.error)
     s.evict(extent)
+    _failed(s, event.error)
 
 
 def _open(s: State, extent: Extent) -> None:
@@ -85,6 +85,8 @@ def blocks_landed(s: State, event: m.BlocksLanded) -> None:
         extent.move(block, BlockMove.LANDED)
         s.patience.forget((event.extent.content_id, block))
         s.make_readable(extent, block)
+    _worked(s, event.write_s, "writing blocks")
+    _doubt_if_unreadable(s, extent)
 
 
 def blocks_failed(s: State, event: m.BlocksFailed) -> None:
@@ -92,6 +94,10 @@ def blocks_failed(s: State, event: m.BlocksFailed) -> None:
     keys = [(event.extent.content_id, block) for block in range(event.first, event.end)]
     for block in range(event.first, event.end):
         extent.move(block, BlockMove.FAILED)
+    if _is_lost(event.error):
+        _lost(s, extent, keys)
+        return
+    _failed(s, event.error)
     if not s.patience.failed(keys, event.error, s.now):
         s.counters.failed_blocks += len(keys)
         for key in keys:
@@ -107,6 +113,14 @@ def blocks_checked(s: State, event: m.BlocksChecked) -> None:
     extent = s.finished(event.extent, event.generation)
     for block, is_sound in enumerate(event.sound, start=event.first):
         _block_checked(s, extent, block, is_sound)
+    if event.disk_error is None:
+        _worked(s, event.read_s, "reading blocks back")
+    elif _is_lost(event.disk_error):
+        blocks = range(event.first, event.first + len(event.sound))
+        _lost(s, extent, [(event.extent.content_id, block) for block in blocks])
+    else:
+        _failed(s, event.disk_error, on_read=True)
+    _doubt_if_unreadable(s, extent)
 
 
 def _block_checked(s: State, extent: Extent, block: int, is_sound: bool) -> None:
@@ -130,9 +144,89 @@ def _block_checked(s: State, extent: Extent, block: int, is_sound: bool) -> None
 
 def capacity_changed(s: State, event: m.CapacityChanged) -> None:
     s.budget.capacity_bytes = event.capacity_bytes
+    if event.max_files is not None:
+        s.budget.max_files = event.max_files
 
 
 def time_passed(s: State, event: m.TimePassed) -> None:
     s.patience.time_passed(s.now)
+    if s.health.time_passed(s.now):
+        _health_changed(s)
     for key in [key for key, deadline_s in s.room_deadline_s.items() if deadline_s <= s.now]:
         s.refuse_for_room(key)
+
+
+def disk_seen(s: State, event: m.DiskSeen) -> None:
+    s.budget.keep_free.seen(event.used_bytes, event.free_bytes, event.num_files, event.free_files)
+
+
+def disk_troubled(s: State, event: m.DiskTroubled) -> None:
+    _failed(s, event.error)
+
+
+def disk_probed(s: State, event: m.DiskProbed) -> None:
+    if event.error is not None:
+        s.disk_error = event.error
+    if s.health.probed(None if event.error is None else event.error.message, s.now):
+        _health_changed(s)
+
+
+def _failed(s: State, error: CacheError, *, on_read: bool = False) -> None:
+    """An error, of which only the local disk's own say something about the disk."""
+    if isinstance(error, DiskError):
+        if s.health.may_write:
+            s.disk_error = error
+        if s.health.failed(error.kind, error.message, s.now, on_read=on_read):
+            s.disk_error = error
+            _health_changed(s)
+
+
+def _worked(s: State, seconds: float, what: str) -> None:
+    if seconds > SLOW_S:
+        _failed(s, DiskError(f"{what} took {seconds:.1f} s", kind="slow"))
+    elif s.health.worked(s.now):
+        _health_changed(s)
+
+
+def _health_changed(s: State) -> None:
+    s.prefetch_is_stuck = False
+    if not s.health.may_read:
+        for extent in s.residents.extents.values():
+            _doubt(s, extent)
+    if not s.health.may_write:
+        # Files that are being made may never come: a disk that hangs must not hold up who can read elsewhere.
+        for key in list(s.opening):
+            extent = s.residents.extents[key]
+            if not (extent.needs_table and s.health.may_read):
+                for block in extent.block_indices:
+                    s.fail((key.content_id, block), s.disk_error)
+
+
+def _doubt_if_unreadable(s: State, extent: Extent) -> None:
+    if not s.health.may_read:
+        _doubt(s, extent)
+
+
+def _doubt(s: State, extent: Extent) -> None:
+    """The disk cannot be read: readers are no longer led to it, and what is there is compared again before it is served."""
+    for block in extent.block_indices:
+        if extent.state(block) is BlockState.RESIDENT:
+            s.publish(extent.owner.word_of_block(block), 0)
+            extent.move(block, BlockMove.DOUBT)
+
+
+def _is_lost(error: CacheError) -> bool:
+    return isinstance(error, DiskError) and error.kind == "lost"
+
+
+def _lost(s: State, extent: Extent, keys: list[BlockKey]) -> None:
+    """Somebody removed its file: made anew for who waits, if nothing else refers to the old one; else who waits is told, and the next
+    request finds it lost again."""
+    if extent.num_busy or extent.num_waiters > s.waiting.count_for(extent.key):
+        for key in keys:
+            s.fail(key, DiskError(f"the file of an extent of {extent.owner.object_id.url} was removed", kind="lost"))
+        return
+    wanted = [k for k in ((extent.key.content_id, b) for b in extent.block_indices) if s.waiting.is_wanted(k)]
+    s.counters.lost_extents += 1
+    s.evict(extent)
+    s.demand.update((k, None) for k in wanted)

@@ -107,6 +107,17 @@ def check_asked(s: State, event: m.CheckAsked) -> None:
         s.actions.append(m.Answer(event.request_id))
 
 
+def extent_suspected(s: State, event: m.ExtentSuspected) -> None:
+    extent = s.residents.extents.get(event.extent)
+    if extent is None or not extent.is_open:
+        return
+    for block in extent.block_indices:
+        key = (event.extent.content_id, block)
+        if extent.state(block) is BlockState.RESIDENT and key not in s.suspects:
+            s.suspects.add(key)
+            s.check_queue.append(key)
+
+
 def extent_held(s: State, event: m.ExtentHeld) -> None:
     extent = s.residents.current(event.extent, event.generation)
     ghost = s.budget.ghosts.get((event.extent, event.generation))

@@ -5,10 +5,11 @@ from __future__ import annotations
 from functools import partial
 from itertools import islice
 
-from cache.blocks import BLOCKS_PER_FETCH, extent_of
+from cache.blocks import BLOCKS_PER_FETCH, ExtentId, extent_of
 from cache.residency import messages as m
 from cache.residency.blockstate import BlockMove, BlockState
 from cache.residency.budget import STALE_HOLD_S
+from cache.residency.health import Health
 from cache.residency.policy import Candidate
 from cache.residency.residents import Extent
 from cache.residency.runs import reach, run_around
@@ -18,6 +19,8 @@ from cache.residency.waiting import BlockKey
 
 def pump(s: State) -> None:
     """Starts what can be started: first what readers wait for, then checks, then what readers will read, nearest first."""
+    if s.health.takes_probe(s.now):
+        s.actions.append(m.ProbeDisk())
     if s.budget.is_exceeded:
         _shrink(s)
     for key in list(s.demand):
@@ -32,7 +35,7 @@ def pump(s: State) -> None:
         _start_asked_check(s, s.check_queue.popleft())
     # A file that is being opened counts as well: its space is taken, and its blocks follow at once.
     max_prefetches = s.limits.max_in_flight - s.limits.demand_reserve
-    while not s.prefetch_is_stuck and s.in_flight + len(s.opening) < max_prefetches:
+    while s.health.may_prefetch and not s.prefetch_is_stuck and s.in_flight + len(s.opening) < max_prefetches:
         if not _start_prefetch(s):
             # Looking again costs a look at every extent, so it waits for an event that can change the answer.
             s.prefetch_is_stuck = True
@@ -45,7 +48,10 @@ def _start_demand(s: State, key: BlockKey) -> bool:
     if extent is None:
         # One that the disk refuses has been answered by now; one that only lacks room waits.
         return not s.waiting.is_wanted(key)
-    if not extent.is_open:
+    is_absent = extent.is_open and extent.state(block) is BlockState.ABSENT
+    if not (s.health.may_fill if is_absent else s.health.may_read):
+        s.fail(key, s.disk_error)
+    elif not extent.is_open:
         _await_file(s, extent, block)
     else:
         _start_run(s, extent, block, BLOCKS_PER_FETCH, block, is_demand=True)
@@ -57,11 +63,7 @@ def _start_prefetch(s: State) -> bool:
     while ready := [key for key in islice(s.hints, 256) if not s.patience.must_wait(key)][:1]:
         key = ready[0]
         extent = s.residents.of_block(*key)
-        if (
-            extent is None
-            and _may_prefetch(s, *key)
-            and s.size_of(key[0], extent_of(key[1])) <= s.budget.capacity_bytes
-        ):
+        if extent is None and _may_prefetch(s, *key) and s.size_of(key[0], extent_of(key[1])) <= s.budget.bound_bytes:
             extent = _new_extent(s, key, s.next_use(key), is_demand=False)
             if extent is None:
                 break
@@ -94,7 +96,7 @@ def _is_needed(s: State, content_id: str, block: int) -> bool:
     extent = s.residents.of_block(content_id, block)
     if extent is None:
         # What can never fit must not stand before what can.
-        return s.size_of(content_id, extent_of(block)) <= s.budget.capacity_bytes
+        return s.size_of(content_id, extent_of(block)) <= s.budget.bound_bytes
     if not extent.is_open:
         return extent.needs_table and extent.key not in s.opening
     return extent.state(block) in (BlockState.ABSENT, BlockState.UNVERIFIED)
@@ -162,10 +164,41 @@ def _read_table(s: State, extent: Extent) -> None:
         s.actions.append(m.ReadTable(extent.key, extent.generation))
 
 
+def scrub(s: State, event: m.ScrubDue) -> None:
+    """Some neighbouring blocks read back, if nobody needs the disk for something better."""
+    if not s.scrubber.is_due(s.now):
+        return
+    is_busy = bool(s.demand or s.check_queue) or s.in_flight >= max(1, s.limits.demand_reserve)
+    if is_busy or s.health.state is not Health.OK:
+        s.scrubber.postpone(s.now)
+        return
+    taken = s.scrubber.take(lambda: s.residents.extents, partial(_scrubbable, s), s.now)
+    if taken is None:
+        return
+    key, run = taken
+    extent = s.residents.extents[key]
+    if run is None:
+        _read_table(s, extent)
+    else:
+        s.counters.scrubbed_blocks += len(run)
+        _start_check(s, extent, run)
+
+
+def _scrubbable(s: State, key: ExtentId) -> list[int] | None:
+    extent = s.residents.extents.get(key)
+    if extent is None or extent.key in s.opening or not (extent.is_open or extent.needs_table):
+        return []
+    if extent.needs_table:
+        return None
+    return [b for b in extent.block_indices if extent.state(b) in (BlockState.RESIDENT, BlockState.UNVERIFIED)]
+
+
 def _start_asked_check(s: State, key: BlockKey) -> None:
     """Checks this block, and those behind it in the queue that follow it on the disk."""
     extent = s.residents.of_block(*key)
     # Since it was asked for, its reader may have gone, or another request may have had it checked.
+    if extent is None:
+        s.suspects.discard(key)
     if extent is None or not _is_check_due(s, extent, key[1]):
         return
     end = key[1] + 1
@@ -179,29 +212,32 @@ def _start_asked_check(s: State, key: BlockKey) -> None:
 
 def _is_check_due(s: State, extent: Extent, block: int) -> bool:
     is_at_rest = extent.state(block) in (BlockState.RESIDENT, BlockState.UNVERIFIED)
-    return is_at_rest and s.waiting.is_check_wanted(extent.key, block)
+    is_suspect = (extent.key.content_id, block) in s.suspects
+    s.suspects.discard((extent.key.content_id, block))
+    return is_at_rest and (is_suspect or s.waiting.is_check_wanted(extent.key, block))
 
 
 def _start_check(s: State, extent: Extent, run: range) -> None:
+    is_readable = all(extent.state(block).is_readable for block in run)
     for block in run:
         extent.move(block, BlockMove.CHECK)
     extent.num_busy += 1
     s.in_flight += 1
     oid, idx = extent.owner.object_id, extent.key.extent_idx
-    s.actions.append(m.CheckBlocks(oid, idx, extent.generation, run.start, run.stop))
+    s.actions.append(m.CheckBlocks(oid, idx, extent.generation, run.start, run.stop, from_device=is_readable))
 
 
 def _new_extent(s: State, key: BlockKey, own_next_use: float, is_demand: bool) -> Extent | None:
     """Decides for a new file, with its space taken; None when the disk refuses files just now, or there is no room."""
     known = s.residents.objects[key[0]]
-    if s.now < s.no_files_until_s:
-        if is_demand and s.disk_error is not None:
+    if not (s.health.may_write if is_demand else s.health.may_prefetch):
+        if is_demand:
             s.fail(key, s.disk_error)
         return None
     extent_idx = extent_of(key[1])
     size = s.size_of(key[0], extent_idx)
     if not _make_room(s, size, 1, own_next_use):
-        if is_demand and size > s.budget.capacity_bytes:
+        if is_demand and size > s.budget.bound_bytes:
             s.refuse_for_room(key)  # Waiting would not help.
         elif is_demand:
             s.room_deadline_s.setdefault(key, s.now + STALE_HOLD_S)
@@ -218,15 +254,15 @@ def _new_extent(s: State, key: BlockKey, own_next_use: float, is_demand: bool) -
 def _make_room(s: State, need_bytes: int, need_files: int, own_next_use: float) -> bool:
     """True when `need_bytes` are free now. Evicts if that is worth it; what readers still hold comes free later."""
     budget = s.budget
-    if need_bytes > budget.capacity_bytes:
+    if need_bytes > budget.bound_bytes:
         return False
     back_bytes, back_files = budget.expected_back(s.now)
     short = need_bytes - budget.free_bytes - back_bytes
-    short_files = need_files - (budget.max_files - budget.num_files) - back_files
+    short_files = need_files - budget.free_files - back_files
     if short > 0 or short_files > 0:
         for victim in s.policy.choose(short, _candidates(s), own_next_use, short_files).victims:
             s.evict(s.residents.extents[victim])
-    return need_bytes <= budget.free_bytes and budget.num_files + need_files <= budget.max_files
+    return need_bytes <= budget.free_bytes and need_files <= budget.free_files
 
 
 def _shrink(s: State) -> None:
@@ -235,7 +271,7 @@ def _shrink(s: State) -> None:
     candidates = _candidates(s)
     back_bytes, back_files = budget.expected_back(s.now)
     short = min(-budget.free_bytes - back_bytes, sum(candidate.size_bytes for candidate in candidates))
-    short_files = min(budget.num_files - budget.max_files - back_files, len(candidates))
+    short_files = min(-budget.free_files - back_files, len(candidates))
     for victim in s.policy.choose(short, candidates, -1, short_files).victims:
         s.evict(s.residents.extents[victim])
 

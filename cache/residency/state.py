@@ -6,6 +6,7 @@ functions over this one state; what they want done they append to `actions`.
 
 from __future__ import annotations
 
+import random
 from collections import OrderedDict, deque
 from dataclasses import dataclass
 
@@ -14,9 +15,11 @@ from cache.errors import CacheError, CapacityError
 from cache.order.lookahead import Lookahead
 from cache.residency import messages as m
 from cache.residency.budget import INDEX_BYTES_PER_EXTENT, Budget
+from cache.residency.health import DiskHealth
 from cache.residency.patience import Patience
 from cache.residency.policy import UNKNOWN_USE, EvictionPolicy
 from cache.residency.residents import Extent, Residents
+from cache.residency.scrub import Scrubber
 from cache.residency.slots import EVICTION_WORD, Slots
 from cache.residency.waiting import BlockKey, Check, Waiting, Want
 
@@ -24,11 +27,13 @@ from cache.residency.waiting import BlockKey, Check, Waiting, Want
 @dataclass(frozen=True)
 class Limits:
     """How much may be under way. `max_in_flight`: fetches and checks (each costs its worker up to 4 MiB of memory).
-    `demand_reserve`: of these, how many prefetches leave free for readers that wait."""
+    `demand_reserve`: of these, how many prefetches leave free for readers that wait. `scrub_bytes_per_s`: how fast blocks are read back
+    while nobody needs the disk; 0: never."""
 
     max_in_flight: int = 32
     demand_reserve: int = 8
     header_bytes: int = 8192
+    scrub_bytes_per_s: int = 0
 
 
 @dataclass
@@ -49,13 +54,21 @@ class Totals:
     evicted_extents: int = 0
     evicted_bytes: int = 0
     refused_for_room: int = 0
+    scrubbed_blocks: int = 0
+    lost_extents: int = 0
 
 
 class State:
     """Tables and queues of one node's cache. `now` and `actions` belong to the step under way."""
 
     def __init__(
-        self, budget: Budget, limits: Limits, policy: EvictionPolicy, patience: Patience, num_words: int
+        self,
+        budget: Budget,
+        limits: Limits,
+        policy: EvictionPolicy,
+        patience: Patience,
+        rng: random.Random,
+        num_words: int,
     ) -> None:
         self.budget = budget
         self.limits = limits
@@ -71,8 +84,12 @@ class State:
         self.hints: OrderedDict[BlockKey, None] = OrderedDict()
         self.opening: set[ExtentId] = set()
         self.check_queue: deque[BlockKey] = deque()
-        self.no_files_until_s = 0.0
-        self.disk_error: CacheError | None = None
+        self.suspects: set[BlockKey] = set()
+        """Blocks in `check_queue` that nobody waits for: a reader could not read them."""
+        self.health = DiskHealth()
+        self.disk_error: CacheError = CapacityError("the disk was refused for no reason")
+        """Why the disk is not used just now."""
+        self.scrubber = Scrubber(limits.scrub_bytes_per_s, rng)
         self.prefetch_is_stuck = False
         self.maybe_unused: set[str] = set()
         self.next_generation = 1
@@ -132,7 +149,7 @@ class State:
         self.counters.refused_for_room += 1
         budget = self.budget
         message = (
-            f"no room for block {key[1]}: {budget.used_bytes} of {budget.capacity_bytes} bytes are used, "
+            f"no room for block {key[1]}: {budget.used_bytes} of {budget.bound_bytes} bytes are used, "
             f"{budget.held_bytes} of them evicted but still open in readers"
         )
         advice = "the reader goes on with the origin; a larger --capacity would keep the block"

@@ -11,6 +11,7 @@ Nothing outside these names is ever touched: other files in the directory are so
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -89,6 +90,13 @@ class CacheDirectory:
     def extent_path(self, extent: ExtentId, generation: int) -> Path:
         name = f"{extent.content_id}.{extent.extent_idx}.{generation}"
         return self.extents_path / extent.content_id[:2] / name
+
+    def assert_is_there(self) -> None:
+        """Raises OSError (ENOENT) when the directory is not the one that was locked: removed, or its disk unmounted. What then lies at
+        its path may be the machine's own disk, which is not ours to fill."""
+        there, locked = os.stat(self.path / "lock"), os.fstat(self._lock_fd)
+        if (there.st_dev, there.st_ino) != (locked.st_dev, locked.st_ino):
+            raise FileNotFoundError(errno.ENOENT, "another directory lies at this path now", str(self.path))
 
     def close(self) -> None:
         with contextlib.suppress(OSError):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import mmap
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from cache.blocks import BLOCK_BYTES, ExtentId
-from cache.errors import CapacityError, CorruptBlock
+from cache.errors import CapacityError, CorruptBlock, DiskError
 from cache.store.directory import CacheDirectory, parse_extent_name
 from cache.store.format import (
     ENTRY_BYTES,
@@ -28,7 +30,8 @@ from cache.store.format import (
 def create_extent(directory: CacheDirectory, header: ExtentHeader, generation: int) -> None:
     """Makes the file of an extent, with all its space reserved and no block in it.
 
-    The space is reserved before anything is fetched, so a full disk is met here. Raises CapacityError (disk full, read-only, dying).
+    The space is reserved before anything is fetched, so a full disk is met here. Raises DiskError (disk full, read-only, dying);
+    CapacityError when the url is too long for a header.
     """
     extent = ExtentId(header.object_id.content_id, header.extent_idx)
     path = directory.extent_path(extent, generation)
@@ -42,28 +45,112 @@ def create_extent(directory: CacheDirectory, header: ExtentHeader, generation: i
         finally:
             os.close(fd)
         temporary.rename(path)
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise disk_error(error, f"cannot make a file of {header.file_bytes} bytes in {directory.path}") from error
+        raise CapacityError(f"{header.object_id.url} cannot be kept: {error}") from error
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        what = f"cannot make a file of {header.file_bytes} bytes in {directory.path}"
+        raise disk_error(error, what, directory.path) from error
 
 
-def disk_error(error: Exception, what: str) -> CapacityError:
-    """The local disk failed: readers go to the origin; the message says why."""
+_KINDS = {
+    errno.ENOSPC: "full",
+    errno.EDQUOT: "quota",
+    errno.EROFS: "read-only",
+    errno.EIO: "io",
+    errno.ENOENT: "gone",
+    errno.ENOTDIR: "gone",
+    errno.ESTALE: "gone",
+}
+
+_ADVICE = {
+    "full": "the disk is full beside the cache: free space, lower --capacity, or raise --keep-free",
+    "inodes": "the file system has no inodes left: remove small files, lower --max-files, or make the file system with more inodes",
+    "quota": "the quota is used up: lower --capacity",
+    "read-only": "the file system is read-only: look at the kernel log for disk errors",
+    "io": "the disk reports errors: look at the kernel log",
+    "gone": "the cache directory was removed or its disk unmounted: bring it back, or restart the daemon",
+    "slow": "the disk is slower than an origin worth caching: look for what else uses it",
+}
+
+
+def disk_error(error: Exception, what: str, where: Path | None = None) -> DiskError:
+    """The local disk failed: readers go to the origin; the message says why. `where`: a directory on it, to tell which resource ran out."""
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    advice = {
-        errno.ENOSPC: "the disk is full beside the cache: free space, or lower --capacity",
-        errno.EDQUOT: "the quota is used up: lower --capacity",
-        errno.EROFS: "the file system is read-only: look at the kernel log for disk errors",
-        errno.EIO: "the disk reports errors: look at the kernel log",
-    }.get(getattr(error, "errno", 0) or 0, "readers go on with the origin")
-    return CapacityError(f"{what}: {reason}", advice=advice)
+    kind = _KINDS.get(getattr(error, "errno", 0) or 0, "other")
+    if kind == "full" and where is not None and _is_out_of_inodes(where):
+        kind, reason = "inodes", "no inodes left on the device"
+    return DiskError(f"{what}: {reason}", advice=_ADVICE.get(kind, "readers go on with the origin"), kind=kind)
+
+
+def slow_disk_error(what: str, seconds: float) -> DiskError:
+    return DiskError(f"{what} took {seconds:.1f} s", advice=_ADVICE["slow"], kind="slow")
+
+
+def _is_out_of_inodes(where: Path) -> bool:
+    with contextlib.suppress(OSError):
+        status = os.statvfs(where)
+        return status.f_files > 0 and status.f_favail == 0
+    return False
+
+
+@dataclass(frozen=True)
+class DiskSpace:
+    """What the file system of the cache directory has left for us; None: it does not count inodes."""
+
+    total_bytes: int
+    free_bytes: int
+    total_files: int | None
+    free_files: int | None
+
+
+def disk_space(where: Path) -> DiskSpace:
+    """Raises DiskError."""
+    try:
+        status = os.statvfs(where)
+    except OSError as error:
+        raise disk_error(error, f"cannot ask how much is free at {where}") from error
+    counts_files = status.f_files > 0
+    return DiskSpace(
+        status.f_blocks * status.f_frsize,
+        status.f_bavail * status.f_frsize,
+        status.f_files if counts_files else None,
+        status.f_favail if counts_files else None,
+    )
+
+
+PROBE_NAME = "probe.tmp"
+PROBE_BYTES = 1024 * 1024
+
+
+def probe_disk(directory: CacheDirectory) -> None:
+    """Writes a file beside the extents, syncs it, reads it back and removes it. Raises DiskError when any of it fails or differs."""
+    path = directory.path / PROBE_NAME
+    content = os.urandom(4096) * (PROBE_BYTES // 4096)
+    try:
+        directory.assert_is_there()
+        directory.extents_path.mkdir(mode=0o700, exist_ok=True)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:
+            written = os.pwrite(fd, content, 0)
+            os.fsync(fd)
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            if written != len(content) or os.pread(fd, len(content), 0) != content:
+                raise OSError(errno.EIO, "what was read back is not what was written")
+        finally:
+            os.close(fd)
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise disk_error(error, f"the probe of the disk in {directory.path} failed", directory.path) from error
 
 
 def write_blocks(fd: int, header: ExtentHeader, slot: int, data: memoryview) -> None:
     """Writes the payload of neighbouring blocks, the first of them the extent's number `slot`, and then their table entries.
 
-    Raises CapacityError.
+    Raises DiskError.
     """
     content_id, extent_idx = header.object_id.content_id, header.extent_idx
     offset, entries = HEADER_BYTES + slot * BLOCK_BYTES, b""
@@ -80,16 +167,18 @@ def write_blocks(fd: int, header: ExtentHeader, slot: int, data: memoryview) -> 
         raise disk_error(error, f"cannot write {len(data)} bytes to the cache") from error
 
 
-def sound_blocks(fd: int, header: ExtentHeader, slot: int, length: int) -> list[bool]:
-    """Reads neighbouring blocks (`length` bytes, the first of them number `slot`) back from the disk and compares each with its table
-    entry; clears the entries of those that differ."""
+def sound_blocks(fd: int, header: ExtentHeader, slot: int, length: int, *, from_device: bool = False) -> list[bool]:
+    """Reads neighbouring blocks (`length` bytes, the first of them number `slot`) back and compares each with its table entry; clears the
+    entries of those that differ. `from_device`: past the page cache, where the file system can do that: what readers are served from
+    memory may have rotted on the disk meanwhile. Raises DiskError when the disk cannot read them (their entries are cleared, too)."""
     content_id, extent_idx = header.object_id.content_id, header.extent_idx
     num_blocks = -(-length // BLOCK_BYTES)
+    failure: OSError | None = None
     try:
         page = os.pread(fd, HEADER_BYTES, 0)
-        data = memoryview(os.pread(fd, length, HEADER_BYTES + slot * BLOCK_BYTES))
-    except OSError:
-        return [False] * num_blocks
+        data = memoryview(_read_run(fd, HEADER_BYTES + slot * BLOCK_BYTES, length, from_device))
+    except OSError as error:
+        failure, page, data = error, b"", memoryview(b"")
     sound = []
     for idx in range(num_blocks):
         entry = decode_entry(page, content_id, extent_idx, slot + idx) if len(page) == HEADER_BYTES else None
@@ -99,7 +188,40 @@ def sound_blocks(fd: int, header: ExtentHeader, slot: int, length: int) -> list[
         if not sound[-1]:
             with contextlib.suppress(OSError):
                 os.pwrite(fd, bytes(ENTRY_BYTES), entry_offset(slot + idx))
+    if failure is not None:
+        raise disk_error(failure, f"cannot read blocks of {header.object_id.url} back") from failure
     return sound
+
+
+def _read_run(fd: int, offset: int, length: int, from_device: bool) -> bytes | memoryview:
+    if from_device:
+        with contextlib.suppress(_NoDirectReads):
+            return _read_past_the_page_cache(fd, offset, length)
+    return os.pread(fd, length, offset)
+
+
+class _NoDirectReads(Exception):
+    pass
+
+
+def _read_past_the_page_cache(fd: int, offset: int, length: int) -> memoryview:
+    """O_DIRECT wants an aligned buffer (a map of our own), and offsets that are multiples of the sector size (ours are of 4096)."""
+    try:
+        direct = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+    except OSError as error:
+        raise _NoDirectReads from error
+    try:
+        buffer = mmap.mmap(-1, -(-length // 4096) * 4096)
+        count = os.preadv(direct, [buffer], offset)
+    except OSError as error:
+        if error.errno == errno.EINVAL:
+            raise _NoDirectReads from error
+        raise
+    finally:
+        os.close(direct)
+    if count < length:  # the end of a file that is too short, or a read that the kernel cut
+        raise _NoDirectReads
+    return memoryview(buffer)[:length]
 
 
 def read_header(path: Path) -> tuple[ExtentHeader, frozenset[int]]:

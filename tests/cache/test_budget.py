@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from cache.blocks import ExtentId
-from cache.residency.budget import STALE_HOLD_S, Budget
+from cache.residency.budget import STALE_HOLD_S, Budget, Floor
 
 X, Y = ExtentId("x", 0), ExtentId("y", 0)
 
@@ -68,3 +68,26 @@ def test_only_readers_at_work_are_expected_to_let_go_soon() -> None:
     assert budget.expected_back(1.9) == (60, 2)
     assert budget.expected_back(STALE_HOLD_S) == (30, 1)
     assert budget.expected_back(9.0) == (0, 0)
+
+
+def test_the_other_users_of_the_disk_keep_their_floor() -> None:
+    """Bound = what we have + what is free − the floor: our own growth changes nothing in it, the others' growth does."""
+    budget = Budget(1000, 100, keep_free=Floor(keep_bytes=200, keep_files=3))
+    budget.take(400)
+    budget.keep_free.seen(budget.used_bytes, 500, budget.num_files, 50)
+    assert (budget.bound_bytes, budget.bound_files) == (700, 48)
+    budget.take(300)
+    assert budget.free_bytes == 0 and not budget.is_exceeded
+    budget.keep_free.seen(budget.used_bytes, 100, budget.num_files, 1)
+    assert budget.bound_bytes == 600 and budget.is_exceeded, "others took 100 of the floor: we give them back"
+    assert budget.bound_files == 0
+    budget.keep_free.seen(budget.used_bytes, 10**9, budget.num_files, None)
+    assert (budget.bound_bytes, budget.bound_files) == (1000, 100), (
+        "the capacity stays the bound; inodes are not counted here"
+    )
+
+
+def test_without_a_floor_the_capacity_alone_is_the_bound() -> None:
+    budget = Budget(1000, 100)
+    budget.keep_free.seen(0, 0, 0, 0)
+    assert (budget.bound_bytes, budget.bound_files) == (1000, 100)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from cache.blocks import BLOCK_BYTES, EXTENT_BYTES, ExtentId, ObjectId
-from cache.errors import AccessDenied, CapacityError, CorruptBlock, ObjectChanged, OriginUnavailable
+from cache.errors import AccessDenied, CapacityError, CorruptBlock, DiskError, ObjectChanged, OriginUnavailable
 from cache.order.lookahead import Visit
 from cache.residency.budget import STALE_HOLD_S
-from cache.residency.on_disk import DISK_PAUSE_S
+from cache.residency.health import FIRST_PAUSE_S
 from cache.residency.patience import COOLING_S
 from cache.residency.retry import RetryPolicy
 from tests.models.residency_world import World
@@ -261,11 +261,15 @@ def test_a_disk_that_refuses_files_is_left_in_peace_for_a_while() -> None:
     for object_id in (A, B):
         world.open("a", object_id)
     first = world.want("a", A, 0, 3)
-    world.create_done(world.creations[0], CapacityError("disk full"))
+    world.create_done(world.creations[0], DiskError("disk full", kind="full"))
     second = world.want("a", B, 0, 3)
     assert str(world.answers[first].error) == str(world.answers[second].error) == "disk full"
     assert not world.creations and not world.files
-    world.pass_time(DISK_PAUSE_S + COOLING_S)
+    world.pass_time(FIRST_PAUSE_S + COOLING_S)
+    assert world.num_probes == 1, "it is probed first"
+    world.want("a", A, 0, 3)
+    assert not world.creations
+    world.probe_done()
     world.want("a", B, 0, 3)
     assert len(world.creations) == 1
 

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from cache.blocks import BLOCK_BYTES, BLOCKS_PER_EXTENT, EXTENT_BYTES, ExtentId, ObjectId, num_blocks
-from cache.errors import AccessDenied, CapacityError, CorruptBlock, OriginThrottled, OriginUnavailable
+from cache.errors import AccessDenied, CapacityError, CorruptBlock, DiskError, OriginThrottled, OriginUnavailable
 from cache.order.lookahead import Lookahead, Visit
-from cache.residency.on_disk import DISK_PAUSE_S
+from cache.residency import messages as m
+from cache.residency.health import FIRST_PAUSE_S
 from cache.residency.patience import COOLING_S, Patience
 from cache.residency.residents import Residents
 from cache.residency.state import State
@@ -37,8 +38,9 @@ ORIGIN_ERRORS = [
     AccessDenied("no"),
     OriginUnavailable("away"),
     OriginThrottled("slow down", retry_after_s=3.0),
-    CapacityError("the disk is ill"),
+    CapacityError("no room"),
 ]
+DISK_ERRORS = [DiskError(f"the disk is {kind}", kind=kind) for kind in ("full", "read-only", "io", "slow", "lost")]
 
 objects, filled, clients = st.sampled_from(OBJECTS), st.sampled_from(FILLED), st.sampled_from(CLIENTS)
 streams = st.sampled_from(sorted(STREAMS))
@@ -173,10 +175,10 @@ class Histories(RuleBasedStateMachine):
         self.world.check(client, ExtentId(object_id.content_id, first // BLOCKS_PER_EXTENT))
 
     @precondition(lambda self: self.world.creations)
-    @rule(pick=picks, fails=st.booleans())
-    def creation_ends(self, pick: int, fails: bool) -> None:
+    @rule(pick=picks, error=st.one_of(st.none(), st.none(), st.sampled_from(DISK_ERRORS)))
+    def creation_ends(self, pick: int, error: DiskError | None) -> None:
         creations = self.world.creations
-        self.world.create_done(creations[pick % len(creations)], CapacityError("disk full") if fails else None)
+        self.world.create_done(creations[pick % len(creations)], error)
 
     @precondition(lambda self: self.world.tables)
     @rule(pick=picks, fails=st.booleans())
@@ -185,16 +187,35 @@ class Histories(RuleBasedStateMachine):
         self.world.table_done(tables[pick % len(tables)], CorruptBlock("torn") if fails else None)
 
     @precondition(lambda self: self.world.fetches)
-    @rule(pick=picks, error=st.one_of(st.none(), st.none(), st.sampled_from(ORIGIN_ERRORS)))
+    @rule(pick=picks, error=st.one_of(st.none(), st.none(), st.sampled_from(ORIGIN_ERRORS + DISK_ERRORS)))
     def fetch_ends(self, pick: int, error: CapacityError | None) -> None:
         fetches = self.world.fetches
         self.world.fetch_done(fetches[pick % len(fetches)], error)
 
     @precondition(lambda self: self.world.checks)
-    @rule(pick=picks, is_sound=st.booleans())
-    def check_ends(self, pick: int, is_sound: bool) -> None:
+    @rule(pick=picks, is_sound=st.booleans(), error=st.one_of(st.none(), st.sampled_from(DISK_ERRORS)))
+    def check_ends(self, pick: int, is_sound: bool, error: DiskError | None) -> None:
         checks = self.world.checks
-        self.world.check_done(checks[pick % len(checks)], is_sound)
+        self.world.check_done(checks[pick % len(checks)], is_sound, None if is_sound else error)
+
+    @rule()
+    def scrub(self) -> None:
+        self.world.step(m.ScrubDue())
+
+    @rule(span=spans())
+    def a_reader_cannot_read(self, span: tuple[ObjectId, int, int]) -> None:
+        self.world.step(m.ExtentSuspected(ExtentId(span[0].content_id, span[1] // BLOCKS_PER_EXTENT)))
+
+    @precondition(lambda self: self.world.num_probes)
+    @rule(error=st.one_of(st.none(), st.sampled_from(DISK_ERRORS)))
+    def probe_ends(self, error: DiskError | None) -> None:
+        self.world.probe_done(error)
+
+    @rule(free=st.sampled_from([0, 5, 30, 1000]), files=st.sampled_from([0, 2, None]))
+    def disk_is_looked_at(self, free: int, files: int | None) -> None:
+        """Somebody else on the disk takes space, or gives it back."""
+        budget = self.world.machine.budget
+        self.world.step(m.DiskSeen(budget.used_bytes, budget.num_files, free * 2**20, files))
 
     @rule(object_id=objects)
     def evict(self, object_id: ObjectId) -> None:
@@ -204,7 +225,7 @@ class Histories(RuleBasedStateMachine):
     def set_capacity(self, capacity: int) -> None:
         self.world.set_capacity(capacity)
 
-    @rule(seconds=st.sampled_from([0.0, 0.05, 0.5, 3.0, COOLING_S, DISK_PAUSE_S + 1, 40.0]))
+    @rule(seconds=st.sampled_from([0.0, 0.05, 0.5, 3.0, COOLING_S, FIRST_PAUSE_S + 1, 40.0]))
     def time_passes(self, seconds: float) -> None:
         self.world.pass_time(seconds)
 
@@ -231,11 +252,11 @@ class Histories(RuleBasedStateMachine):
             world.leave(client)
         world.run_until_quiet()
         # What was hinted while the disk refused files is fetched when it is asked again: only then is there nothing left to do.
-        world.pass_time(COOLING_S + DISK_PAUSE_S + 60)
+        world.pass_time(COOLING_S + FIRST_PAUSE_S + 60)
         world.run_until_quiet()
         for object_id in OBJECTS:
             world.evict(object_id)
-        world.pass_time(COOLING_S + DISK_PAUSE_S + 60)
+        world.pass_time(COOLING_S + FIRST_PAUSE_S + 60)
         world.run_until_quiet()
         assert not world.files
         assert world.machine.budget.used_bytes == 0 and world.machine.budget.num_files == 0
@@ -257,7 +278,7 @@ def test_the_tries_of_a_block_are_forgotten_with_its_object() -> None:
     history.start(capacity=9 << 20, max_files=1, limits=(4, 1), found=[])
     history.want(client="a", span=(two, 0, 1))
     history.leave(client="a")
-    history.creation_ends(pick=0, fails=False)
+    history.creation_ends(pick=0, error=None)
     history.fetch_ends(pick=0, error=OriginUnavailable("away"))
     history.want(client="a", span=(one, 0, 1))
     history.teardown()
@@ -269,11 +290,11 @@ def test_a_block_that_rots_while_a_request_waits_for_its_neighbour_is_waited_for
     history = Histories()
     history.start(capacity=9 << 20, max_files=2, limits=(4, 1), found=[])
     history.want(client="a", span=(two, 0, 1))
-    history.creation_ends(pick=0, fails=False)
+    history.creation_ends(pick=0, error=None)
     history.fetch_ends(pick=0, error=None)
     history.ask_for_check(client="a", span=(two, 0, 1))
     history.want(client="a", span=(two, 0, 2))
-    history.check_ends(pick=0, is_sound=False)
+    history.check_ends(pick=0, is_sound=False, error=None)
     history.teardown()
 
 
@@ -285,6 +306,6 @@ def test_two_files_in_room_for_one_do_not_push_each_other_out_for_ever() -> None
     history.announce(stream="a/train", window=[(two, 0, 1)])
     history.close_stream(pick=0)
     history.want(client="b", span=(one, 0, 1))
-    history.creation_ends(pick=0, fails=False)
+    history.creation_ends(pick=0, error=None)
     history.leave(client="b")
     history.teardown()

@@ -266,7 +266,7 @@ def test_a_file_cut_short_under_a_running_daemon_sends_its_readers_to_the_origin
     assert obj.fetch()
     os.truncate(cache_daemon.extent_files[0], HEADER_BYTES + 50)
     assert obj.read(100, 1000) == DATA[100:1100]
-    assert obj.verify() is False
+    wait_until(lambda: cache_daemon.status()["counters"]["rotten_blocks"] > 0, "the daemon has looked at it")
     assert obj.read(0, len(DATA)) == DATA
 
 

@@ -26,7 +26,7 @@ from cache.blocks import (
 from cache.errors import CacheError
 from cache.order.lookahead import Visit
 from cache.residency import messages as m
-from cache.residency.budget import INDEX_BYTES_PER_EXTENT, Budget
+from cache.residency.budget import INDEX_BYTES_PER_EXTENT, Budget, Floor
 from cache.residency.machine import Residency
 from cache.residency.policy import UNKNOWN_USE, Candidate, Decision, FarthestNextUse
 from cache.residency.slots import EVICTION_WORD
@@ -89,13 +89,15 @@ class World:
     ) -> None:
         self.now = 100.0
         self.machine = Residency(
-            Budget(capacity_bytes, max_files),
-            limits=Limits(max_in_flight, demand_reserve, HEADER_BYTES),
+            Budget(capacity_bytes, max_files, keep_free=Floor(10 * 2**20, 1)),
+            limits=Limits(max_in_flight, demand_reserve, HEADER_BYTES, scrub_bytes_per_s=1 << 50),
             policy=CheckingPolicy(self),
             rng=random.Random(7),
             num_words=num_words,
         )
         self.max_in_flight = max_in_flight
+        self.num_probes = 0
+        """Probes of the disk that are under way."""
         self.words: Counter[int] = Counter()
         self.files: dict[FileKey, ModelFile] = {}
         self.current: dict[ExtentId, int] = {}
@@ -220,13 +222,17 @@ class World:
         self.files[extent, action.generation].good_blocks.update(range(action.first, action.end))
         self.step(m.BlocksLanded(extent, action.generation, action.first, action.end, action.end - action.first))
 
-    def check_done(self, action: m.CheckBlocks, is_sound: bool = True) -> None:
+    def check_done(self, action: m.CheckBlocks, is_sound: bool = True, error: CacheError | None = None) -> None:
         self.checks.remove(action)
         extent = ExtentId(action.object_id.content_id, action.extent_idx)
         blocks = range(action.first, action.end)
         if not is_sound:
             self.files[extent, action.generation].good_blocks.difference_update(blocks)
-        self.step(m.BlocksChecked(extent, action.generation, action.first, (is_sound,) * len(blocks)))
+        self.step(m.BlocksChecked(extent, action.generation, action.first, (is_sound,) * len(blocks), error))
+
+    def probe_done(self, error: CacheError | None = None) -> None:
+        self.num_probes -= 1
+        self.step(m.DiskProbed(error))
 
     def evict(self, object_id: ObjectId) -> None:
         self.step(m.EvictAsked(object_id.content_id))
@@ -249,6 +255,8 @@ class World:
                 self.check_done(self.checks[0])
             elif self.fetches:
                 self.fetch_done(self.fetches[0])
+            elif self.num_probes:
+                self.probe_done()
             elif (deadline_s := self.machine.next_deadline_s()) is not None:
                 self.pass_time(max(0.0, deadline_s - self.now))
             else:
@@ -307,6 +315,9 @@ class World:
                 for block in range(first, end):
                     assert not self._in_hand(object_id.content_id, block), action
                 self.checks.append(action)
+            case m.ProbeDisk():
+                assert self.num_probes == 0, "the disk is probed twice at once"
+                self.num_probes += 1
             case m.Answer(request_id):
                 self._answer(request_id, action)
 
@@ -431,6 +442,16 @@ class World:
 
     def check_invariants(self) -> None:
         budget = self.machine.budget
+        if not self.machine.health.may_read:
+            led = [
+                owner
+                for idx, value in self.words.items()
+                if value and (owner := self._owner_of(idx)) and owner[1] is not None
+            ]
+            checking = {(a.object_id.content_id, block) for a in self.checks for block in range(a.first, a.end)}
+            assert {(o.content_id, block) for o, block, _ in led} <= checking, (
+                "readers are led to a disk that cannot be read"
+            )
         assert budget.used_bytes == self.disk_bytes, "the account of bytes differs from the files that are there"
         assert budget.num_files == len(self.files)
         assert self.machine.in_flight == len(self.fetches) + len(self.checks)
