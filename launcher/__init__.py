@@ -5,3 +5,7 @@ an address, ray: the time from the command to the first rank is part of what it 
 """
 
 from __future__ import annotations
+
+from launcher.watching import expect_steps, pause_watch
+
+__all__ = ["expect_steps", "pause_watch"]

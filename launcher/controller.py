@@ -43,6 +43,7 @@ from launcher.gang.events import (
     Tick,
 )
 from launcher.gang.masking import masked_args
+from launcher.gang.observations import NodeProgress
 from launcher.journal import FileJournal, JobBegan, JobEnded
 from launcher.spec import JobSpec
 
@@ -159,6 +160,8 @@ class Controller:
             if isinstance(event, OutputEnded):
                 self._output_ended.add((event.attempt, event.node_id))
                 continue
+            if isinstance(event, NodeProgress):
+                continue  # every second, so not for the journal
             self._journal.record(event)
             if isinstance(event, FabricSurveyed):
                 self._checkup.surveyed(event)

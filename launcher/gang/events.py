@@ -11,6 +11,7 @@ import signal
 from dataclasses import dataclass, field
 
 from launcher.errors import EXIT_SIGNAL_BASE
+from launcher.gang.observations import NodeProgress
 from launcher.gang.world import NodeInfo, World
 from launcher.spec import Stream
 
@@ -138,6 +139,8 @@ class RankExited:
     exception: ExceptionRecord | None = None
     last_lines: str = ""
     """The end of standard error, for a rank that left no exception (a signal, a program that is not Python)."""
+    steps: int | None = None
+    """Optimizer steps that it made in this attempt. None: none that we saw (no optimizer, or not one step)."""
 
 
 @dataclass(frozen=True)
@@ -259,7 +262,7 @@ class Notice:
 
 
 Notices = PlacementWaiting | CacheServing | CacheFailed | FabricFound | Notice
-Event = Fact | Notices | FabricSurveyed
+Event = Fact | Notices | FabricSurveyed | NodeProgress
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,8 @@ _CLOSE_TIMEOUT_S = 8.0
 _CACHE_AGAIN_MAX_S = 60.0
 """A cache daemon that keeps dying is started again more and more seldom: after 1, 2, 4 … s, and then once a minute."""
 _DISK_CHECK_S = 5.0
+_PROGRESS_S = 1.0
+"""How often the pages of the ranks are looked at: what a person calls at once, and a thousandth of a core."""
 _STRAY_SWEEP_S = 0.5
 """After a guardian's death, strays appear as the kernel kills their parents: sweep until there was none for this long."""
 
@@ -82,6 +84,7 @@ class NodeAgent:
         self._sweep_until_s = 0.0
         self._next_disk_check_s = 0.0
         self._has_told_of_disk = False
+        self._next_progress_s = 0.0
         self._is_closing = False
         self._commands: collections.deque[Callable[[], None]] = collections.deque()
         self._watched: set[GuardedProcess] = set()
@@ -174,6 +177,7 @@ class NodeAgent:
             elif self._cache_again_at_s is not None and time.monotonic() >= self._cache_again_at_s:
                 self._start_cache()
             self._check_disk()
+            self._look_at_progress()
 
     def _is_idle(self) -> bool:
         return self._attempt is None and self._cache is None and self._sweep_until_s == 0.0
@@ -181,11 +185,22 @@ class NodeAgent:
     def _timeout_s(self) -> float | None:
         if self._sweep_until_s:
             return 0.02
+        deadlines_s = []
         if self._cache is not None and not self._cache.has_announced:
-            return max(0.0, self._cache.deadline_s - time.monotonic()) + 0.01
+            deadlines_s.append(self._cache.deadline_s + 0.01)
         if self._cache_again_at_s is not None:
-            return max(0.0, self._cache_again_at_s - time.monotonic()) + 0.01
-        return None if self._attempt is None or self._has_told_of_disk else _DISK_CHECK_S
+            deadlines_s.append(self._cache_again_at_s + 0.01)
+        if self._attempt is not None:  # the disk is looked at on the same occasion
+            deadlines_s.append(self._next_progress_s)
+        return max(0.0, min(deadlines_s) - time.monotonic()) if deadlines_s else None
+
+    def _look_at_progress(self) -> None:
+        now = time.monotonic()
+        if self._attempt is not None and now >= self._next_progress_s:
+            self._next_progress_s = now + _PROGRESS_S
+            progress = self._attempt.progress()
+            if progress is not None:
+                self._on_event(progress)
 
     def _sweep(self) -> None:
         now = time.monotonic()

@@ -11,12 +11,14 @@ from functools import partial
 from launcher.errors import NodeError
 from launcher.gang import rank_env
 from launcher.gang.events import AttemptPlan, Event, ExitStatus, NodeFailed, RankExited, RanksStarted, StoreOpened
+from launcher.gang.observations import NodeProgress
 from launcher.gang.rank_env import RankPlaces
 from launcher.gang.world import Member, NodeInfo
 from launcher.node import store
 from launcher.node.failure import last_lines, read_exception
 from launcher.node.follow import LogFollower, Source
 from launcher.node.guarded import Exited, Gone, GuardedProcess, Report, Started, StartFailed
+from launcher.node.pages import RankPage
 from launcher.node.rank_process import FreshInterpreter, RankFiles
 from launcher.node.survey import Survey
 from launcher.spec import JobSpec, Stream
@@ -57,6 +59,7 @@ class NodeAttempt:
         self._directory = os.path.join(run_dir, f"attempt_{number}")
         self._store: GuardedProcess | None = None
         self._ranks: dict[int, GuardedProcess] = {}
+        self._pages: dict[int, RankPage] = {}
         self._num_to_start = 0
         self._pids: dict[int, int] = {}
         self._start_failures: dict[int, StartFailed] = {}
@@ -99,6 +102,7 @@ class NodeAttempt:
                 places = RankPlaces(self._run_dir, files.error_file, cache_socket)
                 chosen = rank_env.settings(self._spec, plan, member, places, self._base_env, advice.environment)
                 self._make_room(files)
+                self._pages[member.rank] = RankPage(member.rank, files.directory)
                 files.write_environment(rank_env.account(chosen, self._base_env, advice.environment, member.local_rank))
                 binding = advice.binding_of(member.local_rank)
                 process = starter.start(member, rank_env.apply(chosen, self._base_env), files, binding)
@@ -107,6 +111,15 @@ class NodeAttempt:
                 self._follow(member, files)
         except (NodeError, OSError) as error:
             self._fail(f"rank {member.rank} could not be started: {error}")
+
+    def progress(self) -> NodeProgress | None:
+        """How far the ranks are that are alive here; None while nothing runs."""
+        samples = tuple(
+            self._pages[rank].sample(process.pid)
+            for rank, process in sorted(self._ranks.items())
+            if process.pid and process.status is None
+        )
+        return NodeProgress(self.number, self._node.node_id, time.time(), samples) if samples else None
 
     def stop(self, grace_s: float, signum: int) -> None:
         self._is_stopping = True
@@ -155,6 +168,7 @@ class NodeAttempt:
                 self._rank_exited(member, files, status, at_s)
             case Gone():
                 del self._ranks[member.rank]
+                self._pages.pop(member.rank).close()
                 self._check_over()
 
     def _rank_exited(self, member: Member, files: RankFiles, status: ExitStatus, at_s: float) -> None:
@@ -181,6 +195,7 @@ class NodeAttempt:
                 files.stderr_log,
                 exception,
                 words,
+                self._pages[member.rank].steps(),
             )
         )
 

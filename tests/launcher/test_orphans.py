@@ -109,7 +109,9 @@ def test_ranks_do_not_inherit_our_descriptors(tmp_path: Path) -> None:
     script = """
 import os
 fds = [fd for fd in range(3, 64) if os.path.exists(f"/proc/self/fd/{fd}")]
-print([os.readlink(f"/proc/self/fd/{fd}") for fd in fds], file=open("fds", "w"))
+links = [os.readlink(f"/proc/self/fd/{fd}") for fd in fds]
+# Its own progress page: memory that leads nowhere (until Python 3.13, a mapping keeps a descriptor).
+print([link for link in links if "railhead-progress" not in link], file=open("fds", "w"))
 """
     with launch(tmp_path, script) as launched:
         assert launched.finish()[0] == 0

@@ -1,0 +1,133 @@
+"""The agent's side of the ranks' progress pages: makes them, reads them, and looks at the processes from outside."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from dataclasses import replace
+
+from launcher.gang.observations import RankSample
+from launcher.node import progress
+from launcher.node.progress import (
+    W_BATCH_AT_NS,
+    W_BATCHES,
+    W_DONE_STEPS,
+    W_PAUSED_SINCE_NS,
+    W_PID,
+    W_TOTAL_STEPS,
+    W_WAIT_SINCE_NS,
+)
+
+_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+_QUIET_S = 4.0
+"""From then on a rank's descendants are counted in, too: who trains is not looked at so closely."""
+
+
+class RankPage:
+    """One rank's page. Making it never fails: a rank without one is a rank of which only the process is seen."""
+
+    def __init__(self, rank: int, directory: str) -> None:
+        self._rank = rank
+        self._began_s = time.monotonic()
+        self._fd = -1
+        self._page: progress.Page | None = None
+        link = progress.page_link(directory)
+        try:
+            self._fd = progress.create()
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(link)
+            os.symlink(f"/proc/{os.getpid()}/fd/{self._fd}", link)
+            self._page = progress.Page(self._fd, writable=False)
+        except (OSError, ValueError):
+            self.close()
+
+    def sample(self, pid: int) -> RankSample:
+        """How the rank is now. `pid`: its main process."""
+        state, cpu_s = _stat(pid)
+        io_bytes = _io_bytes(pid)
+        now_ns = time.monotonic_ns()
+        known = self._read(now_ns)
+        sample = RankSample(self._rank, time.monotonic() - self._began_s, state=state, **known)  # type: ignore[arg-type]
+        if sample.quiet_s > _QUIET_S:
+            for descendant in _descendants(pid):
+                cpu_s += _stat(descendant)[1]
+                io_bytes += _io_bytes(descendant)
+        return replace(sample, cpu_s=cpu_s, io_bytes=io_bytes)
+
+    def steps(self) -> int | None:
+        """Optimizer steps so far, also of a rank that is dead."""
+        record = self._page.read_record() if self._page is not None else None
+        return record[1] if record is not None else None
+
+    def close(self) -> None:
+        if self._page is not None:
+            self._page.close()
+            self._page = None
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def _read(self, now_ns: int) -> dict[str, object]:
+        return read_page(self._page, now_ns) if self._page is not None else {}
+
+
+def read_page(page: progress.Page, now_ns: int) -> dict[str, object]:
+    """Fields of a RankSample that a page knows; empty before the rank's runner has begun. `now_ns`: monotonic."""
+    words = page.words
+    if not words[W_PID]:
+        return {}
+
+    def age_s(at_ns: int) -> float | None:
+        return max(0, now_ns - at_ns) / 1e9 if at_ns else None
+
+    known: dict[str, object] = {
+        "batches": words[W_BATCHES],
+        "batch_age_s": age_s(words[W_BATCH_AT_NS]),
+        "waiting_s": age_s(words[W_WAIT_SINCE_NS]),
+        "paused_s": age_s(words[W_PAUSED_SINCE_NS]),
+        "total_steps": words[W_TOTAL_STEPS] or None,
+        "done_steps": words[W_DONE_STEPS],
+    }
+    record = page.read_record()
+    if record is not None:
+        _, steps, at_ns, took_ns, waited_ns, samples, own_ns = record
+        known |= {
+            "steps": steps,
+            "step_age_s": age_s(at_ns),
+            "step_s": took_ns / 1e9 if took_ns else None,
+            "waited_s": waited_ns / 1e9,
+            "samples": samples or None,
+            "own_s": own_ns / 1e9,
+        }
+    return known
+
+
+def _stat(pid: int) -> tuple[str, float]:
+    """State and CPU seconds, those of ended children included; ("?", 0) if it is gone."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            # The second field is the program's name in parentheses and may hold anything.
+            fields = file.read().rpartition(b")")[2].split()
+    except OSError:
+        return "?", 0.0
+    return fields[0].decode(), sum(int(field) for field in fields[11:15]) / _TICKS_PER_S
+
+
+def _io_bytes(pid: int) -> int:
+    try:
+        with open(f"/proc/{pid}/io", "rb") as file:
+            return sum(int(line.split()[1]) for line in file.read().splitlines()[:2])
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+def _descendants(pid: int) -> list[int]:
+    """Children of all its threads, and theirs."""
+    found = [pid]
+    for parent in found:  # grows while it is walked
+        with contextlib.suppress(OSError, ValueError):
+            for task in os.listdir(f"/proc/{parent}/task"):
+                with open(f"/proc/{parent}/task/{task}/children", "rb") as file:
+                    found.extend(int(child) for child in file.read().split())
+    return found[1:]

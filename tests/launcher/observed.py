@@ -1,0 +1,42 @@
+"""A rank's observer and its page, in one process, as the runner and the agent have them in two."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from launcher.node import progress
+
+INSTRUMENT = Path(progress.__file__).with_name("instrument.py")
+
+
+def load_instrument() -> dict[str, Any]:
+    """As the runner loads it: a namespace of its own."""
+    namespace: dict[str, Any] = {"__name__": "_railhead_observer", "__file__": str(INSTRUMENT)}
+    exec(compile(INSTRUMENT.read_text(), str(INSTRUMENT), "exec", dont_inherit=True), namespace)
+    return namespace
+
+
+class Observed:
+    """`observer` writes, `page` is what the agent maps."""
+
+    def __init__(self, directory: Path) -> None:
+        self.fd = progress.create()
+        os.symlink(f"/proc/{os.getpid()}/fd/{self.fd}", directory / "progress")
+        self.page = progress.Page(self.fd, writable=False)
+        self._written = progress.open_page(str(directory), writable=True)
+        self.observer = load_instrument()["Observer"](self._written)
+
+    @property
+    def steps(self) -> int | None:
+        record = self.page.read_record()
+        return record[1] if record else None
+
+    def step(self, optimizer: object) -> None:
+        self.observer.on_step(optimizer, (), {})
+
+    def close(self) -> None:
+        self.page.close()
+        self._written.close()
+        os.close(self.fd)

@@ -1,0 +1,275 @@
+"""What is seen of a rank from within: steps, waits and samples of a program that knows nothing of it, and no step lost or torn."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from launcher.node import progress
+from launcher.node.pages import RankPage
+from tests.launcher.launched import launch
+from tests.launcher.observed import INSTRUMENT, Observed
+
+
+@pytest.fixture
+def observed(tmp_path: Path) -> Iterator[Observed]:
+    observed = Observed(tmp_path)
+    yield observed
+    observed.close()
+
+
+# --- the page -----------------------------------------------------------------------------------------------------------------------------
+
+NUMBERS = st.integers(0, 2**63)
+
+
+@given(st.lists(st.tuples(NUMBERS, NUMBERS, NUMBERS, NUMBERS, NUMBERS, NUMBERS), min_size=1, max_size=5), st.data())
+def test_a_record_that_is_half_written_is_never_read(records: list[tuple[int, ...]], data: st.DataObject) -> None:
+    """The writer may be stopped, or killed, between any two bytes; the last whole record is what counts."""
+    fd = progress.create()
+    page = progress.Page(fd, writable=True)
+    for number, record in enumerate(records, start=1):
+        page.write_record(number, *record)
+    before = page.read_record()
+    assert before == [len(records), *records[-1]]
+    new = data.draw(st.tuples(NUMBERS, NUMBERS, NUMBERS, NUMBERS, NUMBERS, NUMBERS))
+    whole = bytearray(page.memory)
+    page.write_record(len(records) + 1, *new)
+    after = bytes(page.memory)
+    changed = [idx for idx in range(progress.PAGE_BYTES) if whole[idx] != after[idx]]
+    num_written = data.draw(st.integers(0, len(changed)))
+    for idx in changed[:num_written]:
+        whole[idx] = after[idx]
+    page.memory[:] = bytes(whole)
+    assert page.read_record() in (before, [len(records) + 1, *new])
+    assert page.read_record() == before or num_written == len(changed) or whole == after
+    page.close()
+    os.close(fd)
+
+
+def test_a_page_of_another_version_or_something_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "progress").write_bytes(b"x" * progress.PAGE_BYTES)
+    with pytest.raises(ValueError, match="not a progress page"):
+        progress.open_page(str(tmp_path), writable=False)
+    (tmp_path / "progress").write_bytes(b"")
+    with pytest.raises(ValueError, match="too small"):
+        progress.open_page(str(tmp_path), writable=False)
+    with pytest.raises(OSError, match="No such file"):
+        progress.open_page(str(tmp_path / "nothing"), writable=False)
+
+
+def test_a_rank_that_cannot_have_a_page_is_still_seen_from_outside(tmp_path: Path) -> None:
+    page = RankPage(3, str(tmp_path / "a directory that is not there"))
+    sample = page.sample(os.getpid())
+    assert (sample.rank, sample.steps, sample.state) == (3, None, "R")
+    assert sample.cpu_s > 0
+
+
+# --- counting -----------------------------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_seen_is_unknown_and_not_zero(observed: Observed, tmp_path: Path) -> None:
+    assert observed.steps is None
+
+
+def test_a_step_is_a_step_of_the_optimizer(observed: Observed) -> None:
+    optimizer = object()
+    for _ in range(7):
+        observed.step(optimizer)
+    assert observed.steps == 7
+
+
+def test_two_optimizers_in_turn_make_one_step_together(observed: Observed) -> None:
+    """A GAN; or one optimizer for each parameter, that steps within backward."""
+    generator, discriminator = object(), object()
+    for _ in range(5):
+        observed.step(discriminator)
+        observed.step(generator)
+    assert observed.steps == 5
+
+
+def test_one_that_steps_more_often_than_the_other_sets_the_pace(observed: Observed) -> None:
+    generator, discriminator = object(), object()
+    for _ in range(4):
+        for _ in range(5):
+            observed.step(discriminator)
+        observed.step(generator)
+    assert observed.steps == 20
+
+
+def test_an_optimizer_that_is_made_anew_goes_on_counting(observed: Observed) -> None:
+    """Or a job that makes one for each epoch would seem to stand still until it has caught up with itself."""
+    optimizers = [object() for _ in range(3)]
+    for optimizer in optimizers:
+        for _ in range(10):
+            observed.step(optimizer)
+    assert observed.steps is not None
+    assert 28 <= observed.steps <= 30
+
+
+def test_a_forked_child_is_not_the_rank(observed: Observed) -> None:
+    observed.step(optimizer := object())
+    observed.observer.stop()
+    observed.step(optimizer)
+    assert observed.steps == 1
+
+
+class FakeLoader:
+    """One iterator over a loader, as torch's look."""
+
+    def __init__(self, batch_size: int) -> None:
+        self._index_sampler = type("Sampler", (), {"batch_size": batch_size})()
+
+    def next(self) -> str:
+        return "batch"
+
+
+def test_samples_are_those_of_the_batches_that_led_to_a_step(observed: Observed) -> None:
+    """What an evaluation reads belongs to no step."""
+    fetch = observed.observer.wrap_next(FakeLoader.next)
+    train, evaluate, optimizer = FakeLoader(32), FakeLoader(1000), object()
+    for _ in range(3):
+        assert fetch(train) == "batch"
+        observed.step(optimizer)
+    for _ in range(10):
+        fetch(evaluate)
+    for _ in range(2):
+        fetch(train)  # gradients of two batches for one step
+    observed.step(optimizer)
+    record = observed.page.read_record()
+    assert record is not None
+    assert record[5] == 5 * 32
+    assert observed.page.words[progress.W_BATCHES] == 15
+
+
+def test_the_wait_is_seen_while_it_lasts_and_ends_with_an_exception(observed: Observed) -> None:
+    def stuck(_: object) -> None:
+        seen.append(observed.page.words[progress.W_WAIT_SINCE_NS])
+        raise StopIteration
+
+    seen: list[int] = []
+    with pytest.raises(StopIteration):
+        observed.observer.wrap_next(stuck)(FakeLoader(1))
+    assert seen[0] > 0
+    assert observed.page.words[progress.W_WAIT_SINCE_NS] == 0
+
+
+# --- in a program -------------------------------------------------------------------------------------------------------------------------
+
+FAKE_TORCH = {
+    "torch/__init__.py": "import torch.autograd",
+    "torch/autograd/__init__.py": "def backward(x, retain=False): return (x, retain)",
+    "torch/optim/__init__.py": "import torch.optim.optimizer",
+    "torch/optim/optimizer.py": "hooks = []\ndef register_optimizer_step_post_hook(hook): hooks.append(hook)",
+}
+
+
+@pytest.mark.parametrize("is_there_before", [False, True], ids=["imported-later", "imported-before"])
+def test_hooks_go_in_when_the_program_imports_torch_and_leave_no_trace(tmp_path: Path, is_there_before: bool) -> None:
+    """A forked rank has torch before it begins; a script that never imports torch never has it imported for it."""
+    for name, text in FAKE_TORCH.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    fd = progress.create()
+    os.symlink(f"/proc/{os.getpid()}/fd/{fd}", tmp_path / "progress")
+    first = "import torch, torch.optim" if is_there_before else ""
+    script = f"""
+import json, sys
+{first}
+namespace = {{"__name__": "_railhead_observer", "__file__": {str(INSTRUMENT)!r}}}
+exec(compile(open({str(INSTRUMENT)!r}).read(), "instrument.py", "exec", dont_inherit=True), namespace)
+observer = namespace["begin"]({str(tmp_path)!r})
+has_torch = "torch" in sys.modules
+import torch, torch.optim
+optimizer = torch.optim.optimizer
+for _ in range(3):
+    for hook in optimizer.hooks: hook(optimizer, (), {{}})
+print(json.dumps({{
+    "has_torch": has_torch,
+    "hooks": len(optimizer.hooks),
+    "loader": type(optimizer.__spec__.loader).__name__,
+    "same": optimizer.__loader__ is optimizer.__spec__.loader,
+    "ours": [name for name in sys.modules if "launcher" in name or "railhead" in name or "observer" in name],
+    "backward": torch.autograd.backward("x", retain=True),
+    "name": torch.autograd.backward.__name__,
+}}))
+"""
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    page = progress.Page(fd, writable=False)
+    record = page.read_record()
+    page.close()
+    os.close(fd)
+    assert json.loads(done.stdout) == {
+        "has_torch": is_there_before,
+        "hooks": 1,
+        "loader": "SourceFileLoader",
+        "same": True,
+        "ours": [],
+        "backward": ["x", True],
+        "name": "backward",
+    }
+    assert done.stderr == ""
+    assert record is not None and record[1] == 3
+
+
+TRAINS = """
+import os, sys, torch, torch.distributed as dist
+from torch.utils.data import DataLoader, TensorDataset
+import warnings; warnings.simplefilter("error")
+dist.init_process_group("gloo")
+model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(4, 4))
+optimizer = torch.optim.SGD(model.parameters(), 0.1)
+for (x,) in DataLoader(TensorDataset(torch.randn(40, 4)), batch_size=4, num_workers=1):
+    model(x).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+print([name for name in sys.modules if name.startswith(("launcher", "_railhead"))])
+from launcher import expect_steps, pause_watch
+expect_steps(100, done=5)
+with pause_watch():
+    open(f"paused.{os.environ['RANK']}", "w").close()
+    while not os.path.exists("go"): pass
+dist.barrier()
+os._exit(7 if os.environ["RANK"] == "1" else 0)
+"""
+
+
+def test_an_unmodified_ddp_script_is_counted_and_its_words_are_heard(tmp_path: Path) -> None:
+    """With workers that are forked, and warnings as errors: nothing of ours may make a program speak that was silent."""
+    with launch(tmp_path, TRAINS, "--nproc-per-node", "2") as launched:
+        launched.wait_for_file("paused.0", "paused.1")
+        page = progress.open_page(str(launched.run_dir / "attempt_0" / "rank_1"), writable=False)
+        words = list(page.words[:10])
+        page.close()
+        (tmp_path / "go").touch()
+        code, out, err = launched.finish()
+        steps = {entry.fields["rank"]: entry.fields["steps"] for entry in launched.journal("RankExited")}
+    assert code == 7, err
+    assert out == "[rank0] []\n"
+    assert steps == {0: 10, 1: 10}
+    assert words[progress.W_BATCHES] == 10
+    assert (words[progress.W_TOTAL_STEPS], words[progress.W_DONE_STEPS], words[progress.W_NUM_PAUSES]) == (100, 5, 1)
+    assert words[progress.W_PAUSED_SINCE_NS] > 0
+
+
+def test_without_the_launcher_a_script_may_say_it_all_the_same() -> None:
+    script = """
+import sys
+from launcher import expect_steps, pause_watch
+with pause_watch(): expect_steps(10, done=10)
+try: expect_steps(3, done=4)
+except ValueError as error: print(error)
+print({"torch", "ray", "numpy"} & set(sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "expect_steps(3, done=4): not 0 <= done <= total\nset()\n"
