@@ -32,6 +32,9 @@ from benchmarks import epoch_data, peers
 from benchmarks.epoch_report import render
 from benchmarks.proxy_process import ProxyProcess
 from benchmarks.seaweed import SeaweedServer, WeedMissing, aws_environment
+from cache.client import Cache
+from cache.client.formats.tar import TarFormat
+from cache.client.publishing import publish_index
 
 _ROOT = Path(__file__).resolve().parent.parent
 _TRIAL_TIMEOUT_S = 300
@@ -64,6 +67,8 @@ def prepare(plan: Plan, directory: Path, server: SeaweedServer) -> tuple[Path, d
             "s3://epoch/data", str(directory / "local"), plan.num_samples, plan.sample_bytes, plan.samples_per_shard
         )
     )
+    # As whoever writes such a data set for many readers would: `python -m cache index s3://epoch/data/tar`.
+    publish_index(Cache(""), f"{dataset.url}/tar", TarFormat())
     left_out: dict[str, str] = {}
     for name in plan.loaders:
         if (package := peers.missing_package(name)) is not None:
@@ -113,7 +118,7 @@ def trial(plan: Plan, name: str, num_workers: int, description: Path, proxy: Pro
         command += ["--dataset", str(description), "--scratch", directory, "--seed", str(seed)]
         command += ["--control", f"http://127.0.0.1:{proxy.control_port}"]
         command += ["--batch-size", str(plan.batch_size), "--compute-s", str(plan.compute_s)]
-        if name == "railhead":
+        if name.startswith("railhead"):
             pid, extra = stack.enter_context(daemon(scratch, environment))
             environment |= extra
             command += ["--daemon-pid", str(pid)]

@@ -21,6 +21,7 @@ from typing import Any
 import click
 
 from cache.daemon.config import DaemonConfig, Share, format_bytes, parse_address, parse_bytes, parse_share
+from cache.data_commands import index
 from cache.errors import CacheConfigError, CacheError, DaemonUnavailable
 from cache.store.directory import serving_daemon
 
@@ -320,6 +321,9 @@ def _disk_line(disk: dict[str, Any], capacity: int) -> str:
     reason = f" ({disk['reason']})" if disk["state"] != "ok" else ""
     short = f"; others need it: {format_bytes(disk['bound_bytes'])} are ours" if disk["bound_bytes"] < capacity else ""
     return f"{disk['state']}{reason}{free}{short}"
+
+
+cli.add_command(index)
 
 
 def main() -> None:

@@ -13,7 +13,18 @@ import torch
 
 from benchmarks.epoch_data import Dataset
 
-NAMES = ("memory", "local_files", "railhead", "s3fs", "filecache", "webdataset", "mosaicml_streaming", "litdata")
+NAMES = (
+    "memory",
+    "local_files",
+    "railhead",
+    "railhead_unindexed",
+    "railhead_windowed",
+    "s3fs",
+    "filecache",
+    "webdataset",
+    "mosaicml_streaming",
+    "litdata",
+)
 
 
 @dataclass(frozen=True)

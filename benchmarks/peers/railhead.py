@@ -1,4 +1,5 @@
-"""Railhead: the same tars through the cache daemon of this node, in the order that the sampler announces."""
+"""Railhead: the same tars through the cache daemon of this node, in the order that the sampler announces, with the index that was
+published beside them."""
 
 from __future__ import annotations
 
@@ -25,9 +26,9 @@ def collate(samples: Sequence[bytes]) -> torch.Tensor:
 
 
 class RailheadLoader:
-    def __init__(self, task: Task) -> None:
-        dataset = ShardDataset(Cache(), f"{task.dataset.url}/tar", TarFormat(), decode=payload)
-        self._sampler = ElasticBatchSampler(dataset, task.batch_size, seed=task.seed)
+    def __init__(self, task: Task, *, shard_format: TarFormat | None = None, shuffle: str = "full") -> None:
+        dataset = ShardDataset(Cache(), f"{task.dataset.url}/tar", shard_format or TarFormat(), decode=payload)
+        self._sampler = ElasticBatchSampler(dataset, task.batch_size, seed=task.seed, shuffle=shuffle)
         self._loader = ElasticLoader(
             dataset,
             self._sampler,

@@ -7,7 +7,7 @@ some hundred samples: a step never pays for thousands at once (the first excepte
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Protocol
 
 import numpy as np
@@ -24,6 +24,7 @@ LOOKAHEAD_SAMPLES = 8192
 needs; the tuples take 1 MB."""
 
 PORTION_SAMPLES = 512
+FIRST_SAMPLES = 64
 ADVANCE_SAMPLES = 64
 """A message to the daemon takes 10 to 20 µs: with tiny batches it is sent every 64 samples, not at every step."""
 
@@ -31,6 +32,11 @@ ADVANCE_SAMPLES = 64
 class Visitable(Protocol):
     @property
     def cache(self) -> Cache: ...
+
+    @property
+    def etags(self) -> Mapping[str, str]:
+        """At which etag each shard will be read."""
+        ...
 
     def visits(self, samples: Ints) -> tuple[list[tuple[str, int, int]], Ints]: ...
 
@@ -70,7 +76,8 @@ class Announcer:
         self._consumed = self._announced = cursor
         self._visits_until.clear()
         self._num_visits = self._num_behind = self._samples_since_told = 0
-        # All at once here, 20 ms before the first batch: nothing is more urgent than filling an empty pipeline. Later in portions.
+        # The nearest first, so that they are being fetched while the rest is told: nothing is more urgent than filling an empty pipeline.
+        self._announce_up_to(FIRST_SAMPLES)
         self._announce_up_to(self._lookahead)
 
     def consumed(self, cursor: Cursor) -> None:
@@ -114,4 +121,4 @@ class Announcer:
         for num_visits in counts.reshape(-1, self._local_size).sum(axis=1).tolist():
             self._num_visits += num_visits
             self._visits_until.append(self._num_visits)
-        self._stream.announce(visits)
+        self._stream.announce(visits, self._dataset.etags)

@@ -10,17 +10,23 @@ thread, pickled, and forked at any moment.
 
 from __future__ import annotations
 
+import logging
 import os
 import time
+from collections.abc import Sequence
 from typing import Any
 
+from cache.blocks import ObjectId
 from cache.client.door import Door, door_at
 from cache.client.object import CachedObject
 from cache.client.stats import ReaderStats
 from cache.client.stream import Stream
-from cache.errors import DaemonUnavailable, ObjectChanged
+from cache.daemon import wire
+from cache.errors import CapacityError, DaemonUnavailable, ObjectChanged
 from cache.origin.ports import ObjectInfo
 from cache.origin.urls import canonical_url
+
+log = logging.getLogger("railhead.cache.client")
 
 SOCKET_VARIABLE = "RAILHEAD_CACHE_SOCKET"
 
@@ -97,6 +103,39 @@ class Cache:
         if link is None:
             raise DaemonUnavailable(f"no cache daemon answers at {self.socket or '(no socket given)'}")
         return link.request(header)[0].header
+
+    def resident_bytes(self, objects: Sequence[ObjectInfo]) -> tuple[int, ...] | None:
+        """Of each object, how much is on this node's disk; None without a daemon. One request, and no object is opened."""
+        ids = [ObjectId(info.url, info.etag, info.size_bytes).content_id for info in objects]
+        answer = self._ask_if_there({"op": "resident", "content_ids": ids})
+        return None if answer is None else tuple(answer[0].header["bytes"])
+
+    def kept_index(self, key: str) -> bytes | None:
+        """What `keep_index` was given for this key on this node, by any process; None when it is not here. Whoever reads it verifies it."""
+        answer = self._ask_if_there({"op": "index", "key": key})
+        if answer is None or not answer[1]:
+            return None
+        with open(answer[1][0], "rb") as file:
+            data: bytes = file.read()
+        return data
+
+    def keep_index(self, key: str, data: bytes) -> bool:
+        """Keeps an index on this node, within the cache's capacity; False when there is no daemon or no room."""
+        try:
+            return self._ask_if_there({"op": "keep", "key": key}, data) is not None
+        except CapacityError as error:
+            log.info("an index is not kept: %s", error.message)
+            return False
+
+    def _ask_if_there(self, header: dict[str, Any], body: bytes = b"") -> tuple[wire.Frame, Sequence[int]] | None:
+        link = self._door.link()
+        if link is None:
+            return None
+        try:
+            return link.request(header, body)
+        except DaemonUnavailable as error:
+            self._door.lost(error)
+            return None
 
     def __enter__(self) -> Cache:
         return self

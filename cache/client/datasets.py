@@ -11,7 +11,7 @@ any thread.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -94,6 +94,11 @@ class ShardDataset(Dataset[Any]):
         """Names of the classes, sorted, where the layout names them (RawFormat); a sample's `cls` is an index into
         it."""
         return self.index.classes
+
+    @property
+    def etags(self) -> Mapping[str, str]:
+        """Url → etag of each shard, as it was listed."""
+        return self.index.etags
 
     def visits(self, samples: Ints) -> tuple[list[tuple[str, int, int]], Ints]:
         """What reading these samples will touch, for `Stream.announce`: see SampleIndex.visits."""

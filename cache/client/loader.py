@@ -57,6 +57,7 @@ class ElasticLoader:
         self.sampler.seek(self.epoch, self.step)
         self.epoch, self.step = self.sampler.epoch, self.sampler.step
         started_s = time.perf_counter()
+        self.sampler.announce()
         batches = iter(self.loader)
         while True:
             batch = next(batches, _END)

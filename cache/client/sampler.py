@@ -110,6 +110,11 @@ class ElasticBatchSampler(Sampler[list[int]]):
         self._cursor = self.schedule.plan.normalised(Cursor(epoch, step))
         self._is_exhausted = False
 
+    def announce(self) -> None:
+        """Tells the cache what the next iteration will read, now: a loader that first starts worker processes gives it that time."""
+        if self._announcer is not None:
+            self._announcer.seek(self._cursor)
+
     # -- torch's protocol --
 
     def __len__(self) -> int:

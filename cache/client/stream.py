@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cache.client.door import Door
@@ -24,15 +24,19 @@ class Stream:
         self._name = name
         self._link: Link | None = None
         self._is_mine = True
+        self._etags: Mapping[str, str] = {}
         self._ahead: deque[tuple[str, int, int]] = deque()
         self._num_behind = 0
         self._link_offset = 0
         door.members.add(self)
 
-    def announce(self, visits: Sequence[tuple[str, int, int]]) -> None:
-        """Appends visits (url, offset, length), in the order in which they will be read."""
+    def announce(self, visits: Sequence[tuple[str, int, int]], etags: Mapping[str, str] | None = None) -> None:
+        """Appends visits (url, offset, length), in the order in which they will be read. `etags`: url → the etag at which it will be
+        read; what is not in it is fetched ahead at the etag that it has when this is told, which the daemon has to ask the origin for."""
         if not self._is_mine:
             return
+        if etags is not None and etags is not self._etags:
+            self._etags = {**self._etags, **etags} if self._etags else etags
         link = self._linked()
         self._ahead.extend(visits)
         if link is not None:
@@ -74,6 +78,7 @@ class Stream:
         urls: dict[str, int] = {}
         packed = [(urls.setdefault(url, len(urls)), offset, length) for url, offset, length in visits]
         fields, body = wire.pack_visits([canonical_url(url) for url in urls], packed)
+        fields["etags"] = [self._etags.get(url) for url in urls]
         self._tell(link, {"op": "announce", "stream": self._name, **fields}, body)
 
     def _tell(self, link: Link, header: dict[str, Any], body: bytes = b"") -> None:

@@ -25,6 +25,9 @@ MAX_HEADS_AT_ONCE = 64
 MAX_HEADS = 16_384
 """How many answers to HEAD are kept before those that have expired are thrown out."""
 
+MAX_LISTED = 200_000
+"""How many objects of listings are believed at once, for as long as a HEAD is."""
+
 HEAD_RETRY = RetryPolicy(max_attempts=5, base_s=0.1, cap_s=2.0)
 
 
@@ -36,6 +39,7 @@ class Catalogue:
         self._residency = residency
         self._ttl_s = metadata_ttl_s
         self._heads: dict[str, tuple[float, asyncio.Task[ObjectId]]] = {}
+        self._listed: dict[str, tuple[float, ObjectId]] = {}
         self._latest: dict[str, ObjectId] = {}
         self._generations: dict[tuple[str, str], ObjectId] = {}
         self._rng = random.Random()
@@ -55,14 +59,24 @@ class Catalogue:
         return object_id
 
     async def list_objects(self, url: str) -> list[dict[str, Any]]:
+        """What lies below a url. What it says of the objects is believed like a HEAD: they are opened next, and each would ask again."""
+        asked_s = time.monotonic()
         frame = await self._with_retry(lambda: self._pool.request({"op": "list", "url": url}))
-        return list(frame.header["objects"])
+        objects = list(frame.header["objects"])
+        if len(self._listed) + len(objects) > MAX_LISTED:
+            self._listed = {u: item for u, item in self._listed.items() if asked_s - item[0] < self._ttl_s}
+        for info in objects[: MAX_LISTED - len(self._listed)]:
+            self._listed[info["url"]] = (asked_s, ObjectId(info["url"], info["etag"], info["size_bytes"]))
+        return objects
 
     async def _head(self, url: str) -> ObjectId:
         """HEAD, shared by all who ask within the time to live. When the origin is away the generation seen last serves on."""
         now = time.monotonic()
         if len(self._heads) > MAX_HEADS:
             self._heads = {u: (s, t) for u, (s, t) in self._heads.items() if not t.done() or now - s < self._ttl_s}
+        listed = self._listed.get(url)
+        if listed is not None and now - listed[0] < self._ttl_s:
+            return self._known_now(listed[1])
         cached = self._heads.get(url)
         if cached is not None and (not cached[1].done() or now - cached[0] < self._ttl_s):
             task = cached[1]
@@ -82,7 +96,10 @@ class Catalogue:
         except CacheError:
             self._heads.pop(url, None)
             raise
-        self._latest[url] = object_id
+        return self._known_now(object_id)
+
+    def _known_now(self, object_id: ObjectId) -> ObjectId:
+        self._latest[object_id.url] = object_id
         self.remember(object_id)
         return object_id
 
@@ -119,6 +136,7 @@ class Catalogue:
         """The origin has another generation: the next open must ask."""
         log.warning("%s changed at the origin; it was %s", object_id.url, object_id.etag)
         self._heads.pop(object_id.url, None)
+        self._listed.pop(object_id.url, None)
         if self._latest.get(object_id.url) == object_id:
             del self._latest[object_id.url]
 

@@ -9,6 +9,9 @@ Requests and their answers (each request with an `id` is answered exactly once, 
     list      {url}                                          → {objects}
     status    {}                                             → the daemon's account
     evict     {url}                                          → {evicted_bytes, num_objects}
+    resident  {content_ids}                                  → {bytes}, of each object on this node's disk
+    index     {key}                                          → {found} + the file, if it is here (see daemon/indexes.py)
+    keep      {key} + index                                  → {}
 
 Between answers a reader may be told {"evicted": true}: files that it holds were evicted and their space is needed.
 
@@ -92,6 +95,8 @@ class Session:
             self._spawn(self._announce(frame))
         elif len(self._tasks) >= MAX_REQUESTS_PER_CONNECTION:
             raise wire.ProtocolError(f"more than {MAX_REQUESTS_PER_CONNECTION} requests at once on one connection")
+        elif op == "keep":
+            self._spawn(self._answer(request, self._keep(frame)))
         elif op in _ANSWERED:
             self._spawn(self._answer(request, _ANSWERED[op](self, request)))
         else:
@@ -226,6 +231,18 @@ class Session:
             self._control.tell(m.EvictAsked(object_id.content_id))
         return {"evicted_bytes": residency.counters.evicted_bytes - before, "num_objects": len(on_disk)}, []
 
+    async def _resident(self, request: dict[str, Any]) -> Reply:
+        residency = self._control.residency
+        return {"bytes": [residency.on_disk_bytes(str(content_id)) for content_id in request["content_ids"]]}, []
+
+    async def _keep(self, frame: wire.Frame) -> Reply:
+        await self._control.indexes.keep(str(frame.header["key"]), frame.body)
+        return {}, []
+
+    async def _index(self, request: dict[str, Any]) -> Reply:
+        fd = self._control.indexes.open(str(request["key"]))
+        return ({"found": False}, []) if fd is None else ({"found": True}, [fd])
+
     # -- told --
 
     async def _announce(self, frame: wire.Frame) -> None:
@@ -234,7 +251,8 @@ class Session:
             try:
                 urls, visits = wire.unpack_visits(frame)
                 stream_id = self._clients.stream_id(self._client_id, str(frame.header["stream"]))
-                await self._control.announce(self._client_id, stream_id, urls, visits)
+                etags = wire.unpack_etags(frame)
+                await self._control.announce(self._client_id, stream_id, list(zip(urls, etags, strict=True)), visits)
             except (CacheError, wire.ProtocolError, KeyError) as error:
                 log.warning("an announced order was ignored: %s", error)
             finally:
@@ -278,6 +296,8 @@ _ANSWERED: dict[str, Callable[[Session, dict[str, Any]], Awaitable[Reply]]] = {
     "list": Session._list,
     "status": Session._status,
     "evict": Session._evict,
+    "resident": Session._resident,
+    "index": Session._index,
 }
 
 _TOLD: dict[str, Callable[[Session, dict[str, Any]], None]] = {

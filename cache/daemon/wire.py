@@ -80,6 +80,16 @@ def pack_visits(urls: list[str], visits: list[tuple[int, int, int]]) -> tuple[di
     return {"urls": urls, "num_visits": len(visits)}, flat.tobytes()
 
 
+def unpack_etags(frame: Frame) -> list[str | None]:
+    """At which etag each url of an announced order will be read; None where it was not said. Raises ProtocolError."""
+    urls, etags = frame.header["urls"], frame.header.get("etags")
+    if etags is None:
+        return [None] * len(urls)
+    if not isinstance(etags, list) or len(etags) != len(urls) or not all(isinstance(e, str | None) for e in etags):
+        raise ProtocolError("an order whose etags are not those of its urls")
+    return etags
+
+
 def unpack_visits(frame: Frame) -> tuple[list[str], list[tuple[int, int, int]]]:
     """The inverse of pack_visits. Raises ProtocolError when the frame does not hold together."""
     urls = frame.header.get("urls")

@@ -18,7 +18,7 @@ from typing import Any
 from cache.blocks import ExtentId, ObjectId
 from cache.order.lookahead import Lookahead
 from cache.residency import messages as m
-from cache.residency import on_disk, on_readers
+from cache.residency import on_disk, on_readers, on_shelf
 from cache.residency.budget import Budget
 from cache.residency.health import DiskHealth
 from cache.residency.patience import Patience
@@ -164,6 +164,9 @@ _HANDLERS: dict[type, Callable[[State, Any], None]] = {
     m.DiskProbed: on_disk.disk_probed,
     m.ExtentSuspected: on_readers.extent_suspected,
     m.ScrubDue: scrub,
+    m.SpaceFound: on_shelf.space_found,
+    m.SpaceAsked: on_shelf.space_asked,
+    m.SpaceReturned: on_shelf.space_returned,
     m.TimePassed: on_disk.time_passed,
 }
 

@@ -218,6 +218,27 @@ class ScrubDue:
 
 
 @dataclass(frozen=True)
+class SpaceFound:
+    """A file that is no extent, and takes space of the cache, was found at the start."""
+
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class SpaceAsked:
+    """Somebody wants to write such a file. Answered at once."""
+
+    request_id: int
+    client_id: str
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class SpaceReturned:
+    size_bytes: int
+
+
+@dataclass(frozen=True)
 class TimePassed:
     """A deadline that `Residency.next_deadline_s` named has come."""
 
@@ -248,6 +269,9 @@ Event = (
     | DiskProbed
     | ExtentSuspected
     | ScrubDue
+    | SpaceFound
+    | SpaceAsked
+    | SpaceReturned
     | TimePassed
 )
 

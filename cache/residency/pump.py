@@ -236,7 +236,7 @@ def _new_extent(s: State, key: BlockKey, own_next_use: float, is_demand: bool) -
         return None
     extent_idx = extent_of(key[1])
     size = s.size_of(key[0], extent_idx)
-    if not _make_room(s, size, 1, own_next_use):
+    if not make_room(s, size, 1, own_next_use):
         if is_demand and size > s.budget.bound_bytes:
             s.refuse_for_room(key)  # Waiting would not help.
         elif is_demand:
@@ -251,7 +251,7 @@ def _new_extent(s: State, key: BlockKey, own_next_use: float, is_demand: bool) -
     return extent
 
 
-def _make_room(s: State, need_bytes: int, need_files: int, own_next_use: float) -> bool:
+def make_room(s: State, need_bytes: int, need_files: int, own_next_use: float) -> bool:
     """True when `need_bytes` are free now. Evicts if that is worth it; what readers still hold comes free later."""
     budget = s.budget
     if need_bytes > budget.bound_bytes:

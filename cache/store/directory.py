@@ -4,6 +4,7 @@
     <dir>/lock                     held (flock) by the daemon that serves this directory; its text says which
     <dir>/index.db                 SQLite index
     <dir>/extents/<xx>/<content id>.<extent>.<generation>
+    <dir>/indexes/<key>.idx        indices of data sets (shelf.py)
 
 Nothing outside these names is ever touched: other files in the directory are somebody else's.
 """

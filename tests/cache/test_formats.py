@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from cache.client.formats import index as index_module
 from cache.client.formats import tar as tar_module
 from cache.client.formats import tokens as tokens_module
-from cache.client.formats.index import MAX_GAP_BYTES, SampleIndex, Shard, ShardIndex, join
+from cache.client.formats.index import MAX_GAP_BYTES, SampleIndex, Shard, ShardIndex, join, pack_keys
 from cache.client.formats.raw import RawFormat
 from cache.client.formats.tokens import HEADER_BYTES, TokenFormat, pack_tokens, parse_header, unpack_tokens
 from cache.errors import FormatError
@@ -31,8 +31,10 @@ def test_doctests_say_the_truth(module: object) -> None:
 def shard_index(samples: list[dict[str, tuple[int, int]]], keys: list[str] | None = None) -> ShardIndex:
     extensions = sorted({ext for sample in samples for ext in sample})
     members = [(extensions.index(ext), *place) for sample in samples for ext, place in sample.items()]
+    key_lengths, key_bytes = pack_keys([key.encode() for key in keys] if keys is not None else [b""] * len(samples))
     return ShardIndex(
-        keys=None if keys is None else tuple(key.encode() for key in keys),
+        key_lengths=key_lengths,
+        key_bytes=key_bytes,
         member_counts=np.array([len(sample) for sample in samples], dtype=np.int64),
         offsets=np.array([offset for _, offset, _ in members], dtype=np.int64),
         lengths=np.array([length for _, _, length in members], dtype=np.int64),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -184,7 +184,7 @@ class RecordingStream:
         self.is_closed = False
         self.num_messages = 0
 
-    def announce(self, visits: Sequence[tuple[str, int, int]]) -> None:
+    def announce(self, visits: Sequence[tuple[str, int, int]], etags: Mapping[str, str]) -> None:
         self.visits.extend(visits)
         self.num_messages += 1
 
@@ -207,6 +207,8 @@ class RecordingDataset:
     def stream(self, name: str) -> RecordingStream:
         self.streams.append(RecordingStream())
         return self.streams[-1]
+
+    etags: ClassVar[dict[str, str]] = {}
 
     def visits(self, samples: Any) -> tuple[list[tuple[str, int, int]], Any]:
         counts = 1 + samples % 3

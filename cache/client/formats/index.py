@@ -26,8 +26,9 @@ read."""
 class ShardIndex:
     """The samples of one shard, in the order of their first member."""
 
-    keys: tuple[bytes, ...] | None
-    """Names of the samples as stored; None when a sample is named by its number in the shard."""
+    key_lengths: Ints
+    key_bytes: bytes
+    """Names of the samples as stored, one after the other; an empty one means the sample's number in the shard (see pack_keys)."""
     member_counts: Ints
     """Members of each sample; the arrays below hold the members of all samples, one sample after the other."""
     offsets: Ints
@@ -83,6 +84,10 @@ class SampleIndex:
     def shard_sizes(self) -> tuple[int, ...]:
         """Samples in each shard."""
         return tuple(np.diff(self.sample_starts).tolist())
+
+    @cached_property
+    def etags(self) -> dict[str, str]:
+        return {shard.url: shard.etag for shard in self.shards}
 
     @property
     def size_bytes(self) -> int:
@@ -148,6 +153,16 @@ class SampleIndex:
         return list(zip(urls, offsets[spans].tolist(), lengths[spans].tolist(), strict=True)), counts
 
 
+def pack_keys(keys: Sequence[bytes]) -> tuple[Ints, bytes]:
+    """Names of samples as ShardIndex keeps them.
+
+    >>> lengths, data = pack_keys([b"a", b"bc"])
+    >>> lengths.tolist(), data
+    ([1, 2], b'abc')
+    """
+    return np.fromiter((len(key) for key in keys), dtype=np.int64, count=len(keys)), b"".join(keys)
+
+
 MAX_SKIPPED_KEPT = 1000
 """Of skipped entries, this many are kept with their reasons; all are counted."""
 
@@ -161,12 +176,6 @@ def join(shards: Sequence[Shard], indices: Sequence[ShardIndex]) -> SampleIndex:
         for index in indices
         if len(index.extension_ids)
     ]
-    key_lengths = [
-        np.fromiter((len(key) for key in index.keys), dtype=np.int64, count=index.num_samples)
-        if index.keys is not None
-        else np.zeros(index.num_samples, dtype=np.int64)
-        for index in indices
-    ]
     skipped = [(shard.url, *entry) for shard, index in zip(shards, indices, strict=True) for entry in index.skipped]
     return SampleIndex(
         shards=tuple(shards),
@@ -176,8 +185,8 @@ def join(shards: Sequence[Shard], indices: Sequence[ShardIndex]) -> SampleIndex:
         lengths=_concatenate([index.lengths for index in indices]),
         extensions=tuple(extensions),
         extension_ids=np.concatenate([np.empty(0, dtype=np.int32), *renumbered]),
-        key_starts=_starts(key_lengths),
-        key_bytes=b"".join(key for index in indices for key in index.keys or ()),
+        key_starts=_starts([index.key_lengths for index in indices]),
+        key_bytes=b"".join(index.key_bytes for index in indices),
         num_skipped=len(skipped),
         skipped=tuple(skipped[:MAX_SKIPPED_KEPT]),
     )

@@ -26,7 +26,12 @@ class Readable(Protocol):
 
 
 class ShardFormat(Protocol):
-    """One layout of samples in objects. Small, picklable, without state: an instance travels to DataLoader workers."""
+    """One layout of samples in objects. Small, picklable, without state: an instance travels to DataLoader workers.
+
+    A format may have two attributes more. `index_version: int`: its indices are kept beside the cache and read from beside the shards
+    (formats/pack.py); raise it when `index` answers otherwise than before. Its `repr` must then name every setting that changes the answer.
+    `walks_shards: bool`: `index` reads from one end to the other, so what lies ahead of it is fetched meanwhile.
+    """
 
     def accepts(self, url: str) -> bool:
         """Whether an object that was found below a prefix is a shard of this format, by its name."""

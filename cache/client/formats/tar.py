@@ -17,10 +17,11 @@ Sources: POSIX.1-2017 pax, "ustar Interchange Format" and "pax Header Block"; GN
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
-from cache.client.formats.index import ShardIndex
+from cache.client.formats.index import ShardIndex, pack_keys
 from cache.client.formats.ports import Readable
 from cache.client.formats.tarheaders import Entry, entries
 
@@ -34,6 +35,8 @@ class TarFormat:
     require_end_marker: bool = True
     """False accepts archives that were written without the two zero blocks at the end; a truncated one may then go
     unnoticed."""
+    index_version: ClassVar[int] = 1
+    walks_shards: ClassVar[bool] = True
 
     def accepts(self, url: str) -> bool:
         return url.endswith(self.suffix)
@@ -93,8 +96,10 @@ def _pack(samples: dict[str, dict[str, Entry]], skipped: list[tuple[str, str]]) 
             offsets.append(entry.offset)
             lengths.append(entry.size)
             extension_ids.append(extensions.setdefault(extension, len(extensions)))
+    key_lengths, key_bytes = pack_keys([key.encode("utf-8", "surrogateescape") for key in samples])
     return ShardIndex(
-        keys=tuple(key.encode("utf-8", "surrogateescape") for key in samples),
+        key_lengths=key_lengths,
+        key_bytes=key_bytes,
         member_counts=np.array([len(members) for members in samples.values()], dtype=np.int64),
         offsets=np.array(offsets, dtype=np.int64),
         lengths=np.array(lengths, dtype=np.int64),

@@ -122,7 +122,8 @@ class TokenFormat:
         num_windows = max(0, (header.num_tokens - 1) // self.seq_len)
         # The dtype travels in the name of the member, so that a window needs nothing but its bytes to be read.
         return ShardIndex(
-            keys=None,
+            key_lengths=np.zeros(num_windows, dtype=np.int64),
+            key_bytes=b"",
             member_counts=np.ones(num_windows, dtype=np.int64),
             offsets=HEADER_BYTES + np.arange(num_windows, dtype=np.int64) * self.seq_len * header.token_bytes,
             lengths=np.full(num_windows, (self.seq_len + 1) * header.token_bytes, dtype=np.int64),
