@@ -6,8 +6,9 @@ import hashlib
 import random
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -20,6 +21,17 @@ def random_bytes(size: int, seed: int = 0) -> bytes:
     return random.Random(seed).randbytes(size)
 
 
+@dataclass(frozen=True)
+class Fault:
+    """`refuse`: a status in place of the answer, with `headers`. Else after `after_bytes` of the body the connection closes, or (`stalls`)
+    nothing more comes until `release`."""
+
+    after_bytes: int = 0
+    stalls: bool = False
+    refuse: int | None = None
+    headers: tuple[tuple[str, str], ...] = ()
+
+
 class CountingOrigin:
     """`put` objects, then read `gets` (how often each range was fetched whole) and `heads`. Any thread may call."""
 
@@ -30,6 +42,10 @@ class CountingOrigin:
         """(path, first byte) → answers to GET that were sent whole."""
         self.heads: Counter[str] = Counter()
         self.bytes_sent = 0
+        self.asked: list[tuple[str, int, int]] = []
+        """(path, first byte, end) of every range that was asked for, in order."""
+        self.fault: Callable[[str, int, int], Fault | None] = lambda path, start, end: None
+        """What happens to a GET of a range."""
         self.status: int | None = None
         """Every request is answered with this status, if it is not None."""
         self._held: dict[str, int] = {}
@@ -77,6 +93,10 @@ class CountingOrigin:
         server.origin = self
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         return server
+
+    def wait_for_release(self) -> None:
+        with self._changed:
+            self._changed.wait(HOLD_TIMEOUT_S)
 
     def wait_until_allowed(self, path: str, start: int) -> None:
         with self._changed:
@@ -140,8 +160,16 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             first, _, last = wanted.removeprefix("bytes=").partition("-")
             start, end = int(first), min(int(last or len(data) - 1) + 1, len(data))
+            origin.asked.append((path, start, end))
+            fault = origin.fault(path, start, end)
+            if fault is not None and fault.refuse is not None:
+                self._send(fault.refuse, dict(fault.headers), b"no")
+                return
             origin.wait_until_allowed(path, start)
             body = data[start:end]
+            if fault is not None:
+                self._send_part(fault, {**headers, "Content-Range": f"bytes {start}-{end - 1}/{len(data)}"}, body)
+                return
             self._send(206, {**headers, "Content-Range": f"bytes {start}-{end - 1}/{len(data)}"}, body)
             origin.gets[path, start] += 1
             origin.bytes_sent += len(body)
@@ -153,6 +181,14 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body) if length is None else length))
         self.end_headers()
         self.wfile.write(body)
+
+    def _send_part(self, fault: Fault, headers: dict[str, str], body: bytes) -> None:
+        self._send(206, headers, body[: fault.after_bytes], length=len(body))
+        self.server.origin.bytes_sent += fault.after_bytes
+        self.wfile.flush()
+        if fault.stalls:
+            self.server.origin.wait_for_release()
+        self.close_connection = True
 
     def log_message(self, format: str, *args: Any) -> None:
         pass

@@ -39,9 +39,9 @@ class DaemonConfig:
     """Hard bound on the number of extent files (inodes). One per object up to 64 MiB, one more per further 64 MiB."""
     num_workers: int = 2
     """Fetch worker processes. Two saturate about 20 Gbit/s; more help beyond that."""
-    max_in_flight: int = 32
-    """Requests to origins under way at once. Each costs up to 4 MiB of a worker's memory, so 32 bound payload memory to 128 MiB. By
-    Little's law 32 requests of 4 MiB at 100 ms each are 1.3 GB/s; raise it for faster or farther origins."""
+    max_in_flight: int = 64
+    """Fetches under way at once, at most: how many an origin is given is found out. Each costs a worker a thread and a buffer of 256 KiB.
+    By Little's law 64 x 4 MiB at 100 ms each are 2.5 GiB/s; raise it for faster or farther origins."""
     metadata_ttl_s: float = 10.0
     """For how long what HEAD said of an object is believed by further opens. Ranks of one job that start together share one HEAD; an
     object that is overwritten is noticed by whoever opens it later than this."""

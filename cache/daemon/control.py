@@ -63,7 +63,7 @@ class Control:
             num_words=NUM_WORDS,
         )
         self.catalogue = Catalogue(self.pool, self.residency, config.metadata_ttl_s)
-        self.hands = Hands(directory, self.pool, self._step, self.catalogue.forget)
+        self.hands = Hands(directory, self.pool, self.residency.origins, self._step, self.catalogue.forget)
         self.daemon_id = uuid.uuid4().hex
         """Of this process: a reader must not mix two daemons' words and generations."""
         self.on_held_evicted: Callable[[Iterable[str]], None] = lambda client_ids: None
@@ -196,6 +196,8 @@ class Control:
             "worker_restarts": self.pool.num_restarts,
             "scrub_rounds": residency.scrubber.num_rounds,
             "disk": self._disk_status(),
+            "origins": residency.origins.account(),
+            "fetching": asdict(self.hands.fetcher.totals),
             "counters": asdict(residency.counters),
             "recovery": {
                 "extents": len(self.recovered.rows),

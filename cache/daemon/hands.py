@@ -16,11 +16,13 @@ from typing import Any, TypeVar
 
 from cache.blocks import BLOCKS_PER_EXTENT, ExtentId, ObjectId, run_span
 from cache.daemon import wire
+from cache.daemon.fetcher import Fetcher
 from cache.daemon.pool import WorkerPool
 from cache.errors import CacheError, CorruptBlock, DiskError, ObjectChanged, OriginUnavailable
 from cache.residency import messages as m
 from cache.residency.budget import Budget
 from cache.residency.health import SLOW_S
+from cache.residency.origins import Origins
 from cache.residency.retry import RetryPolicy
 from cache.store.directory import CacheDirectory
 from cache.store.files import DiskSpace, create_extent, disk_space, probe_disk, remove_extent, slow_disk_error
@@ -48,11 +50,14 @@ class Hands:
         self,
         directory: CacheDirectory,
         pool: WorkerPool,
+        origins: Origins,
         tell: Callable[[m.Event], None],
         on_changed: Callable[[ObjectId], None],
     ) -> None:
         self.directory = directory
         self.pool = pool
+        self.fetcher = Fetcher(pool)
+        self._origins = origins
         self._tell = tell
         self._on_changed = on_changed
         self.space: DiskSpace | None = None
@@ -103,7 +108,6 @@ class Hands:
         extent = ExtentId(oid.content_id, action.extent_idx)
         start, end = run_span(oid.size_bytes, action.first, action.end)
         request = {
-            "op": "fetch",
             "url": oid.url,
             "etag": oid.etag,
             "start": start,
@@ -111,16 +115,16 @@ class Hands:
             "path": str(self.directory.extent_path(extent, action.generation)),
             "slot": action.first % BLOCKS_PER_EXTENT,
         }
-        try:
-            frame = await self.pool.request(request)
-        except CacheError as error:
-            if isinstance(error, ObjectChanged):
-                self._on_changed(oid)
-            self._tell(m.BlocksFailed(extent, action.generation, action.first, action.end, error))
-        else:
-            write_s = float(frame.header.get("write_s", 0.0))
-            landed = m.BlocksLanded(extent, action.generation, action.first, action.end, end - start, write_s)
-            self._tell(landed)
+        result = await self.fetcher.fetch(request, self._origins.of(oid.url))
+        first, end_block = action.first, action.end
+        if result.error is None:
+            took = (result.write_s, result.seconds)
+            self._tell(m.BlocksLanded(extent, action.generation, first, end_block, end - start, *took))
+            return
+        if isinstance(result.error, ObjectChanged):
+            self._on_changed(oid)
+        landed = first + result.num_whole_blocks
+        self._tell(m.BlocksFailed(extent, action.generation, first, end_block, result.error, landed))
 
     async def check(self, action: m.CheckBlocks) -> None:
         extent = ExtentId(action.object_id.content_id, action.extent_idx)

@@ -106,10 +106,13 @@ class WorkerPool:
     def pids(self) -> list[int]:
         return [worker.process.pid for worker in self._workers]
 
+    def pick(self, avoid: WorkerProcess | None = None) -> WorkerProcess:
+        """The living worker with least in hand; rather not `avoid`, where something has just failed."""
+        return min(self._workers, key=lambda w: (w.reader.done(), w is avoid, w.num_waiting))
+
     async def request(self, header: dict[str, Any]) -> wire.Frame:
         """From the worker with least in hand. Raises CacheError."""
-        worker = min(self._workers, key=lambda w: (w.reader.done(), w.num_waiting))
-        return await worker.request(header)
+        return await self.pick().request(header)
 
     async def _keep(self, idx: int) -> None:
         while True:

@@ -1,13 +1,15 @@
 """A fetch worker: a process that owns connections to origins and carries payload, from the network into extent files.
 
 `python -m cache.daemon.worker FD` serves frames on the inherited socket FD until it is closed. One request, one answer, in any order;
-`id` ties them. It decides nothing: no retries, no choice of what to fetch. Readers whose daemon is away use one of these as well, to
-read the origin directly (client/direct.py).
+`id` ties them. It decides nothing: no retries, no choice of what to fetch. Fetching itself is fetches.py. Readers whose daemon is away
+use one of these as well, to read the origin directly (client/direct.py).
 
     head   {url}                                            → {info}
     list   {url}                                            → {objects}
     read   {url, etag, start, end}                          → body
-    fetch  {url, etag, start, end, path, slot}              → {seconds, write_s}     the blocks are in their file, the first at `slot`
+    fetch  {url, etag, start, end, path, slot, …}           → {seconds, first_byte_s, write_s}     the blocks are in their file
+           {…, fetch_id, stall_s, done, crc}                → {failed, done, crc}         or not: how far it came, to go on from there
+    hedge  {fetch_id}                                       → {is_started}          a second reader for a fetch that is late
     check  {path, slot, length, from_device}                → {sound, read_s}       of each block
     ping   {}                                               → {}
     table  {path}                                           → {present}
@@ -27,9 +29,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cache.daemon import wire
+from cache.daemon.fetches import Fetches
 from cache.errors import CacheError, CapacityError, CorruptBlock, DiskError, OriginUnavailable
 from cache.origin.registry import close_origins, origin_for
-from cache.store.files import disk_error, read_header, sound_blocks, write_blocks
+from cache.store.files import disk_error, read_header, sound_blocks
 from cache.store.format import TABLE_OFFSET, ExtentHeader, decode_identity
 
 if TYPE_CHECKING:
@@ -68,6 +71,7 @@ class Worker:
         self._sock = sock
         self._tasks: set[asyncio.Task[None]] = set()
         self._send_lock = asyncio.Lock()
+        self._fetches = Fetches()
 
     async def serve(self) -> None:
         loop = asyncio.get_running_loop()
@@ -79,6 +83,7 @@ class Worker:
                 task.add_done_callback(self._tasks.discard)
         for task in list(self._tasks):
             task.cancel()
+        await self._fetches.close()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await close_origins()
 
@@ -110,13 +115,10 @@ class Worker:
         return {}, await self._get(request)
 
     async def _op_fetch(self, request: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
-        started = time.monotonic()
-        data = await self._get(request)
-        with _opened(request["path"]) as (fd, header):
-            arrived = time.monotonic()
-            write_blocks(fd, header, request["slot"], data)
-        ended = time.monotonic()
-        return {"seconds": ended - started, "write_s": ended - arrived}, b""
+        return await self._fetches.fetch(request), b""
+
+    async def _op_hedge(self, request: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
+        return {"is_started": self._fetches.hedge(int(request["fetch_id"]))}, b""
 
     async def _op_check(self, request: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
         started = time.monotonic()
@@ -142,7 +144,13 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sock = socket.socket(fileno=int(sys.argv[1]))
     sock.setblocking(False)
-    asyncio.run(Worker(sock).serve())
+    asyncio.run(_serve(sock))
+    # Threads that still wait for a connection to stand are not waited for: nothing of theirs is needed any more.
+    os._exit(0)
+
+
+async def _serve(sock: socket.socket) -> None:
+    await Worker(sock).serve()
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from cache.errors import AccessDenied, ObjectNotFound, OriginError, OriginMiscon
 from cache.origin import failures, urls
 from cache.origin.failures import Failure
 from cache.origin.options import OriginOptions
-from cache.origin.ports import ObjectInfo
+from cache.origin.ports import ObjectInfo, OnlyWhole
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -45,7 +45,7 @@ _TAGS = (
 _TIMES = ("mtime", "LastModified", "last_modified", "Last-Modified", "modified", "modifiedTime", "updated", "created")
 
 
-class FsspecOrigin:
+class FsspecOrigin(OnlyWhole):
     """One file system (and host or bucket), from the event loop it was made on. Blocking file systems run in threads."""
 
     def __init__(self, location: Location, options: OriginOptions) -> None:

@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING
 
 from cache.errors import AccessDenied, ObjectNotFound, OriginError, OriginMisconfigured, OriginUnavailable
 from cache.origin import failures, urls
-from cache.origin.ports import ObjectInfo
+from cache.origin.ports import ObjectInfo, OnlyWhole
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 
-class LocalOrigin:
+class LocalOrigin(OnlyWhole):
     """file:// urls. Every call runs in asyncio's default thread pool, so a slow disk or NFS mount never blocks the event loop."""
 
     async def head(self, url: str) -> ObjectInfo:

@@ -11,7 +11,9 @@ name keys with empty or dotted segments (`a//b`, `a/../b`); those are refused wi
 from __future__ import annotations
 
 import builtins
+import os
 import re
+import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -32,6 +34,7 @@ from cache.origin import failures, urls
 from cache.origin.aws_profile import profile_settings
 from cache.origin.failures import Failure
 from cache.origin.options import OriginOptions
+from cache.origin.plain_http import NotPlain, PlainTarget
 from cache.origin.ports import ObjectInfo
 
 if TYPE_CHECKING:
@@ -43,6 +46,12 @@ if TYPE_CHECKING:
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _WRITE_TIMEOUT_S = 3600.0
+_SIGNED_FOR = timedelta(minutes=15)
+_SIGNATURE_USED_S = 300.0
+"""A signature is used for a third of the time that it holds, so that no request with it arrives too late."""
+_MAX_SIGNATURES = 4096
+_NOT_PLAIN_S = 600.0
+"""After an answer that only the store's client understands, how long it is asked without trying the plain way first."""
 SCHEMES = frozenset({"s3", "gs", "az", "abfs", "abfss", "http", "https"})
 
 
@@ -54,6 +63,8 @@ class ObstoreOrigin:
         self._is_http = location.scheme in ("http", "https")
         self._location, self._options = location, options
         self._writing_store: ObjectStore | None = None
+        self._signed: dict[str, tuple[float, PlainTarget]] = {}
+        self._not_plain_until_s = 0.0
         try:
             self._store = _store(location, options)
         except (BaseError, ValueError) as e:
@@ -88,6 +99,48 @@ class ObstoreOrigin:
         if len(data) != end - start:
             raise failures.cut_short(url, start, end, len(data))
         return data
+
+    async def plain_target(self, url: str) -> PlainTarget | None:
+        """Where a plain GET of this object goes, signed if need be; None: only `get_range` can read it. S3 and HTTP only: signing for
+        Google may cost a request to its IAM service."""
+        now_s = time.monotonic()
+        if now_s < self._not_plain_until_s:
+            return None
+        path = self._path(url)
+        try:
+            if self._is_http:
+                location = urls.parse(url)
+                return PlainTarget.of(location.url_of(location.key))
+            if not isinstance(self._store, S3Store):
+                return None
+            kept = self._signed.get(path)
+            if kept is not None and now_s < kept[0]:
+                return kept[1]
+            target = PlainTarget.of(await self._signed_url(path))
+        except (NotPlain, BaseError, OSError, ValueError):
+            return None
+        if len(self._signed) >= _MAX_SIGNATURES:
+            self._signed.clear()
+        self._signed[path] = (now_s + _SIGNATURE_USED_S, target)
+        return target
+
+    async def _signed_url(self, path: str) -> str:
+        assert isinstance(self._store, S3Store)
+        if os.environ.get("AWS_SKIP_SIGNATURE", "").lower() not in ("1", "true", "yes"):
+            return await obstore.sign_async(self._store, "GET", path, _SIGNED_FOR)
+        # obstore knows how the url is written; a signature by nobody shows it, and is cut off.
+        shown = S3Store(
+            self._location.bucket, access_key_id="-", secret_access_key="-", client_options={"allow_http": True}
+        )
+        return (await obstore.sign_async(shown, "GET", path, _SIGNED_FOR)).partition("?")[0]
+
+    def forget_signature(self, url: str) -> None:
+        """The store did not accept it: the credentials may have changed."""
+        self._signed.pop(self._path(url), None)
+
+    def is_not_plain(self) -> None:
+        """The store's client could read what the plain way could not."""
+        self._not_plain_until_s = time.monotonic() + _NOT_PLAIN_S
 
     async def list(self, prefix_url: str) -> AsyncIterator[ObjectInfo]:
         location = urls.parse(prefix_url)

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
+    from cache.origin.plain_http import PlainTarget
+
 
 @dataclass(frozen=True)
 class ObjectInfo:
@@ -38,6 +40,18 @@ class Origin(Protocol):
         OriginUnavailable when the body was cut short. Never fewer, never other bytes."""
         ...
 
+    async def plain_target(self, url: str) -> PlainTarget | None:
+        """Where a plain GET of this object goes, for whoever reads ranges by himself (plain_http); None: only `get_range` can read it."""
+        ...
+
+    def forget_signature(self, url: str) -> None:
+        """A plain request was not accepted: the next one is to be signed anew."""
+        ...
+
+    def is_not_plain(self) -> None:
+        """`get_range` could read what a plain request could not: plain_target says None for a while."""
+        ...
+
     def list(self, prefix_url: str) -> AsyncIterator[ObjectInfo]:
         """All objects below a prefix (a "directory": `s3://b/train` lists `s3://b/train/…`, not `s3://b/train2`), or the object
         itself if the url names one; sorted by url. Raises ObjectNotFound when there is nothing."""
@@ -48,3 +62,16 @@ class Origin(Protocol):
         ...
 
     async def close(self) -> None: ...
+
+
+class OnlyWhole:
+    """An origin that is read through its own client alone: what all but the obstore origin say to the plain way."""
+
+    async def plain_target(self, url: str) -> PlainTarget | None:
+        return None
+
+    def forget_signature(self, url: str) -> None:
+        """There is none."""
+
+    def is_not_plain(self) -> None:
+        """We know."""

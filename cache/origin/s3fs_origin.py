@@ -22,7 +22,7 @@ from cache.errors import AccessDenied, ObjectNotFound, OriginError, OriginMiscon
 from cache.origin import failures, urls
 from cache.origin.failures import Failure
 from cache.origin.options import OriginOptions
-from cache.origin.ports import ObjectInfo
+from cache.origin.ports import ObjectInfo, OnlyWhole
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -34,7 +34,7 @@ _WRITE_TIMEOUT_S = 3600.0
 _TRANSPORT_ERRORS = (OSError, TimeoutError, aiohttp.ClientError, boto.BotoCoreError, boto.HTTPClientError)
 
 
-class S3fsOrigin:
+class S3fsOrigin(OnlyWhole):
     """One bucket, from the event loop it was made on."""
 
     def __init__(self, location: Location, options: OriginOptions) -> None:

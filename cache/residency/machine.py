@@ -21,6 +21,7 @@ from cache.residency import messages as m
 from cache.residency import on_disk, on_readers, on_shelf
 from cache.residency.budget import Budget
 from cache.residency.health import DiskHealth
+from cache.residency.origins import Origins
 from cache.residency.patience import Patience
 from cache.residency.policy import EvictionPolicy, FarthestNextUse
 from cache.residency.pump import pump, scrub
@@ -99,6 +100,10 @@ class Residency:
     @property
     def scrubber(self) -> Scrubber:
         return self._state.scrubber
+
+    @property
+    def origins(self) -> Origins:
+        return self._state.origins
 
     @property
     def in_flight(self) -> int:

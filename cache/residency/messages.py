@@ -140,17 +140,20 @@ class BlocksLanded:
     num_bytes: int
     write_s: float = 0.0
     """How long the local disk took to take it."""
+    seconds: float = 0.0
+    """What the fetch took, 0 if that says nothing about the origin."""
 
 
 @dataclass(frozen=True)
 class BlocksFailed:
-    """A fetch is over, and brought none of its blocks [first, end)."""
+    """A fetch of the blocks [first, end) is over, and brought only those before `landed`, if any."""
 
     extent: ExtentId
     generation: int
     first: int
     end: int
     error: CacheError
+    landed: int = 0
 
 
 @dataclass(frozen=True)

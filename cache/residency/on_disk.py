@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from cache.errors import CacheError, DiskError
+from cache.blocks import run_span
+from cache.errors import CacheError, DiskError, OriginThrottled
 from cache.residency import messages as m
 from cache.residency.blockstate import BlockMove, BlockState
 from cache.residency.budget import INDEX_BYTES_PER_EXTENT
@@ -79,20 +80,32 @@ def _open(s: State, extent: Extent) -> None:
 
 def blocks_landed(s: State, event: m.BlocksLanded) -> None:
     extent = s.finished(event.extent, event.generation)
-    s.counters.fetched_blocks += event.end - event.first
     s.counters.fetched_bytes += event.num_bytes
-    for block in range(event.first, event.end):
-        extent.move(block, BlockMove.LANDED)
-        s.patience.forget((event.extent.content_id, block))
-        s.make_readable(extent, block)
+    s.origins.ended(extent.owner.object_id.url, s.now, event.num_bytes, event.seconds, throttled=False)
+    _landed(s, extent, event.first, event.end)
     _worked(s, event.write_s, "writing blocks")
     _doubt_if_unreadable(s, extent)
 
 
+def _landed(s: State, extent: Extent, first: int, end: int) -> None:
+    s.counters.fetched_blocks += end - first
+    for block in range(first, end):
+        extent.move(block, BlockMove.LANDED)
+        s.patience.forget((extent.key.content_id, block))
+        s.make_readable(extent, block)
+
+
 def blocks_failed(s: State, event: m.BlocksFailed) -> None:
     extent = s.finished(event.extent, event.generation)
-    keys = [(event.extent.content_id, block) for block in range(event.first, event.end)]
-    for block in range(event.first, event.end):
+    is_throttled = isinstance(event.error, OriginThrottled)
+    s.origins.ended(extent.owner.object_id.url, s.now, 0, 0.0, throttled=is_throttled)
+    first = max(event.first, event.landed)
+    if first > event.first:
+        start, end = run_span(extent.owner.object_id.size_bytes, event.first, first)
+        s.counters.fetched_bytes += end - start
+        _landed(s, extent, event.first, first)
+    keys = [(event.extent.content_id, block) for block in range(first, event.end)]
+    for block in range(first, event.end):
         extent.move(block, BlockMove.FAILED)
     if _is_lost(event.error):
         _lost(s, extent, keys)

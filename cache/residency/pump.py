@@ -26,7 +26,7 @@ def pump(s: State) -> None:
     for key in list(s.demand):
         if s.in_flight >= s.limits.max_in_flight:
             return
-        if key not in s.demand or s.patience.must_wait(key):
+        if key not in s.demand or s.patience.must_wait(key) or not _has_room(s, key, is_demand=True):
             continue  # Not there any more: a run that began before it brings it.
         if _start_demand(s, key):
             s.demand.pop(key, None)
@@ -62,6 +62,8 @@ def _start_prefetch(s: State) -> bool:
     """Starts one prefetch; False: there is nothing to prefetch, or no room for it."""
     while ready := [key for key in islice(s.hints, 256) if not s.patience.must_wait(key)][:1]:
         key = ready[0]
+        if not _has_room(s, key, is_demand=False):
+            return False
         extent = s.residents.of_block(*key)
         if extent is None and _may_prefetch(s, *key) and s.size_of(key[0], extent_of(key[1])) <= s.budget.bound_bytes:
             extent = _new_extent(s, key, s.next_use(key), is_demand=False)
@@ -78,6 +80,8 @@ def _start_prefetch(s: State) -> bool:
     if candidate is None:
         return False
     visit, block, distance = candidate
+    if not _has_room(s, (visit.content_id, block), is_demand=False):
+        return False
     extent = s.residents.of_block(visit.content_id, block)
     if extent is None:
         return _new_extent(s, (visit.content_id, block), distance, is_demand=False) is not None
@@ -87,6 +91,12 @@ def _start_prefetch(s: State) -> bool:
     size = reach(distance, visit.end - visit.first)
     _start_run(s, extent, block, size, min(visit.end, extent.block_indices.stop), is_demand=False)
     return True
+
+
+def _has_room(s: State, key: BlockKey, *, is_demand: bool) -> bool:
+    """Whether the object's origin may be given one more request."""
+    known = s.residents.objects.get(key[0])
+    return known is None or s.origins.of(known.object_id.url).has_room(is_demand=is_demand)
 
 
 def _is_needed(s: State, content_id: str, block: int) -> bool:
@@ -148,6 +158,7 @@ def _start_run(s: State, extent: Extent, block: int, size: int, own_end: int, *,
     s.counters.demand_fetches += is_demand
     s.counters.prefetches += not is_demand
     oid, idx = extent.owner.object_id, extent.key.extent_idx
+    s.origins.started(oid.url, s.now)
     s.actions.append(m.FetchBlocks(oid, idx, extent.generation, run.start, run.stop, is_demand))
 
 

@@ -16,6 +16,7 @@ from cache.order.lookahead import Lookahead
 from cache.residency import messages as m
 from cache.residency.budget import INDEX_BYTES_PER_EXTENT, Budget
 from cache.residency.health import DiskHealth
+from cache.residency.origins import Origins
 from cache.residency.patience import Patience
 from cache.residency.policy import UNKNOWN_USE, EvictionPolicy
 from cache.residency.residents import Extent, Residents
@@ -26,9 +27,9 @@ from cache.residency.waiting import BlockKey, Check, Waiting, Want
 
 @dataclass(frozen=True)
 class Limits:
-    """How much may be under way. `max_in_flight`: fetches and checks (each costs its worker up to 4 MiB of memory).
-    `demand_reserve`: of these, how many prefetches leave free for readers that wait. `scrub_bytes_per_s`: how fast blocks are read back
-    while nobody needs the disk; 0: never."""
+    """How much may be under way. `max_in_flight`: fetches and checks, from all origins together; how many one origin is given is found
+    out (concurrency.py). `demand_reserve`: of these, how many prefetches leave free for readers that wait. `scrub_bytes_per_s`: how fast
+    blocks are read back while nobody needs the disk; 0: never."""
 
     max_in_flight: int = 32
     demand_reserve: int = 8
@@ -78,6 +79,7 @@ class State:
         self.lookahead = Lookahead()
         self.residents = Residents(Slots(num_words))
         self.in_flight = 0
+        self.origins = Origins(limits.max_in_flight)
         self.waiting = Waiting()
         self.demand: OrderedDict[BlockKey, None] = OrderedDict()
         self.room_deadline_s: dict[BlockKey, float] = {}

@@ -153,16 +153,31 @@ def write_blocks(fd: int, header: ExtentHeader, slot: int, data: memoryview) -> 
     Raises DiskError.
     """
     content_id, extent_idx = header.object_id.content_id, header.extent_idx
-    offset, entries = HEADER_BYTES + slot * BLOCK_BYTES, b""
+    entries = b""
     for start in range(0, len(data), BLOCK_BYTES):
         block = data[start : start + BLOCK_BYTES]
         entry = BlockEntry(checksum(block), len(block))
         entries += encode_entry(entry, content_id, extent_idx, slot + start // BLOCK_BYTES)
+    write_payload(fd, slot * BLOCK_BYTES, data)
+    _write(fd, entry_offset(slot), memoryview(entries))
+
+
+def write_payload(fd: int, offset: int, data: memoryview) -> None:
+    """Bytes at `offset` of the extent's payload; they belong to a block once its entry is written. Raises CapacityError."""
+    _write(fd, HEADER_BYTES + offset, data)
+
+
+def write_entry(fd: int, header: ExtentHeader, slot: int, crc: int, length: int) -> None:
+    """The table entry of a block whose payload is written: from now on a restart finds it. Raises CapacityError."""
+    entry = encode_entry(BlockEntry(crc, length), header.object_id.content_id, header.extent_idx, slot)
+    _write(fd, entry_offset(slot), memoryview(entry))
+
+
+def _write(fd: int, at: int, data: memoryview) -> None:
     try:
         written = 0
         while written < len(data):
-            written += os.pwrite(fd, data[written:], offset + written)
-        os.pwrite(fd, entries, entry_offset(slot))
+            written += os.pwrite(fd, data[written:], at + written)
     except OSError as error:
         raise disk_error(error, f"cannot write {len(data)} bytes to the cache") from error
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from cache.errors import ObjectNotFound, OriginError
 from cache.origin import failures, urls
-from cache.origin.ports import ObjectInfo, Origin
+from cache.origin.ports import ObjectInfo, OnlyWhole, Origin
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -26,7 +26,7 @@ class Request:
     end: int = 0
 
 
-class MemoryOrigin:
+class MemoryOrigin(OnlyWhole):
     """Objects in a dictionary, url → bytes. `requests` holds every call in order; the etag is made of the bytes."""
 
     def __init__(self, objects: Mapping[str, bytes] | None = None) -> None:
@@ -75,7 +75,7 @@ class MemoryOrigin:
         return ObjectInfo(url, len(data), f'"{hashlib.blake2b(data, digest_size=8).hexdigest()}"')
 
 
-class FailingOrigin:
+class FailingOrigin(OnlyWhole):
     """Another origin whose calls fail when the plan says so.
 
     `plan(request, attempt)` is asked before every head and range; `attempt` counts from 0 the calls equal to this one. It returns
@@ -114,7 +114,7 @@ class FailingOrigin:
             raise error
 
 
-class GatedOrigin:
+class GatedOrigin(OnlyWhole):
     """Another origin whose ranges wait until the test opens the gate: a slow store without a clock.
 
     `waiting` are the ranges inside; `release(n)` lets the n oldest through, `open()` all of them, now and later.

@@ -1,0 +1,124 @@
+"""The control process's part of fetching: one request of the machine becomes as many to workers as it takes.
+
+A body that was cut or fell silent goes on from the last byte that came, at once and in another worker, as long as each try brings
+something; what brings nothing is the machine's to try again later. A run that is late gets a second reader (residency/hedging.py says
+when). All runs on the event loop; payload stays in the workers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import time
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+from cache.blocks import BLOCK_BYTES
+from cache.daemon.pool import WorkerPool, WorkerProcess
+from cache.errors import CacheError, CapacityError, OriginThrottled, from_wire
+from cache.residency.origins import OriginState
+
+MAX_GOING_ON = 8
+"""Tries in a row of which each brought some bytes, before the machine is asked again."""
+
+MAX_REMEMBERED = 4096
+
+PartKey = tuple[str, int]
+"""A file and the first byte of a block of it that came in part."""
+
+
+@dataclass(frozen=True)
+class FetchResult:
+    """`error`: None when all came; then `seconds` is what it took, 0 if that says nothing about the origin. Else the first
+    `num_whole_blocks` of the run are there."""
+
+    seconds: float = 0.0
+    write_s: float = 0.0
+    error: CacheError | None = None
+    num_whole_blocks: int = 0
+
+
+@dataclass
+class FetchTotals:
+    """Since the daemon started."""
+
+    hedges: int = 0
+    resumed_fetches: int = 0
+    resumed_bytes: int = 0
+    throttled: int = 0
+
+
+class Fetcher:
+    def __init__(self, pool: WorkerPool) -> None:
+        self._pool = pool
+        self._ids = itertools.count(1)
+        self._came: OrderedDict[PartKey, tuple[int, int]] = OrderedDict()
+        """Of blocks that came in part when a fetch was given up: how many bytes are in the file, and their checksum."""
+        self.totals = FetchTotals()
+
+    async def fetch(self, request: dict[str, Any], origin: OriginState) -> FetchResult:
+        """Has a run of blocks brought into its file."""
+        length = request["end"] - request["start"]
+        began_s = time.monotonic()
+        done, crc = self._came.pop((request["path"], request["start"]), (0, 0))
+        avoid: WorkerProcess | None = None
+        error = CacheError("never tried")
+        for nth in range(MAX_GOING_ON):
+            if done:
+                self.totals.resumed_fetches += 1
+                self.totals.resumed_bytes += done
+            asked = {
+                **request,
+                "op": "fetch",
+                "fetch_id": next(self._ids),
+                "stall_s": origin.hedging.stall_s,
+                "done": done,
+                "crc": crc,
+            }
+            avoid = self._pool.pick(avoid)
+            try:
+                answer = await self._ask(avoid, asked, length - done, origin)
+            except CacheError as failed:
+                # The disk refused, or the worker died: nothing is known of what came in this try.
+                error = failed
+                break
+            if "failed" not in answer:
+                seconds = time.monotonic() - began_s
+                if nth == 0 and not done:
+                    origin.hedging.landed(length, seconds, answer["first_byte_s"])
+                    return FetchResult(seconds, answer["write_s"])
+                return FetchResult(0.0, answer["write_s"])
+            error = from_wire(answer["failed"])
+            came, done, crc = answer["done"] - done, answer["done"], answer["crc"]
+            self.totals.throttled += isinstance(error, OriginThrottled)
+            if not came or not error.is_retryable:
+                break
+        if isinstance(error, CapacityError):
+            done = 0  # The disk refused: what it said of earlier bytes is not relied on.
+        self._remember(request, done, crc)
+        return FetchResult(error=error, num_whole_blocks=done // BLOCK_BYTES)
+
+    async def _ask(
+        self, worker: WorkerProcess, request: dict[str, Any], num_bytes: int, origin: OriginState
+    ) -> dict[str, Any]:
+        answering = asyncio.create_task(worker.request(request))
+        try:
+            late_s = origin.hedging.hedge_after_s(num_bytes)
+            if late_s is not None:
+                await asyncio.wait([answering], timeout=late_s)
+                if not answering.done() and origin.hedging.take(time.monotonic()):
+                    self.totals.hedges += 1
+                    with contextlib.suppress(CacheError):
+                        await worker.request({"op": "hedge", "fetch_id": request["fetch_id"]})
+            return (await answering).header
+        finally:
+            answering.cancel()
+
+    def _remember(self, request: dict[str, Any], done: int, crc: int) -> None:
+        whole = done // BLOCK_BYTES * BLOCK_BYTES
+        if done > whole:
+            self._came[request["path"], request["start"] + whole] = (done - whole, crc)
+            if len(self._came) > MAX_REMEMBERED:
+                self._came.popitem(last=False)

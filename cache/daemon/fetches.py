@@ -1,0 +1,171 @@
+"""The worker's part of fetching: runs of blocks from an origin (or a peer) into extent files, each read in a thread of its own.
+
+Decides nothing: when a run is late and gets a second reader, and whether to try again, the control process says. Where the plain way is
+not understood (plain_http.NotPlain), the store's own client reads the run whole.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+from cache.daemon.blockfetch import BlockFetch, read_run
+from cache.errors import CacheError, CapacityError, CorruptBlock, DiskError, OriginUnavailable
+from cache.origin.plain_http import Connections, NotPlain, PlainTarget
+from cache.origin.registry import origin_for
+from cache.store.files import disk_error
+from cache.store.format import TABLE_OFFSET, decode_identity
+
+MAX_READERS = 512
+"""Threads, made when needed: each waits on one connection, with a buffer of 256 KiB."""
+
+MAX_WHOLE = 4
+"""Bodies that the store's client may hold in memory at once (4 MiB each), where the plain way cannot be gone."""
+
+STALL_S = 15.0
+
+
+@dataclass
+class _Running:
+    run: BlockFetch
+    request: dict[str, Any]
+    target: PlainTarget
+    result: asyncio.Future[float]
+    num_readers: int = 0
+    errors: list[BaseException] = field(default_factory=list)
+
+
+class Fetches:
+    """All runs under way in this worker. From its event loop only."""
+
+    def __init__(self) -> None:
+        self._connections = Connections()
+        self._threads = ThreadPoolExecutor(MAX_READERS, thread_name_prefix="reader")
+        self._running: dict[int, _Running] = {}
+        self._whole = asyncio.Semaphore(MAX_WHOLE)
+        self._reading: set[asyncio.Future[float]] = set()
+
+    async def fetch(self, request: dict[str, Any]) -> dict[str, Any]:
+        """The answer: {seconds, first_byte_s, write_s}, or {failed, done, crc} with how far it came. Raises CapacityError."""
+        began_s = time.monotonic()
+        run = _open_run(request)
+        try:
+            first_byte_s = await self._from_origin(run, request)
+        except CacheError as error:
+            run.close()  # From here on nothing moves: what is said is what is there.
+            return {"failed": error.to_wire(), "done": run.done, "crc": run.crc}
+        finally:
+            run.close()
+        return {"seconds": time.monotonic() - began_s, "first_byte_s": first_byte_s, "write_s": run.write_s}
+
+    def hedge(self, fetch_id: int) -> bool:
+        """A second reader for a run that is still under way."""
+        running = self._running.get(fetch_id)
+        if running is None or running.result.done():
+            return False
+        self._add_reader(running)
+        return True
+
+    async def close(self) -> None:
+        """Ends what is under way. A thread that waits for a connection to stand is not waited for."""
+        for running in self._running.values():
+            running.run.close()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        if self._reading:
+            await asyncio.wait(self._reading, timeout=0.5)
+        self._connections.close()
+
+    async def _from_origin(self, run: BlockFetch, request: dict[str, Any]) -> float:
+        url = request["url"]
+        origin = origin_for(url)
+        for is_second_try in (False, True):
+            target = await origin.plain_target(url)
+            if target is None:
+                return await self._whole_from_origin(run, request)
+            try:
+                return await self._read(run, request, target)
+            except NotPlain:
+                origin.forget_signature(url)
+                if is_second_try:
+                    break
+        first_byte_s = await self._whole_from_origin(run, request)
+        origin.is_not_plain()
+        return first_byte_s
+
+    async def _read(self, run: BlockFetch, request: dict[str, Any], target: PlainTarget) -> float:
+        running = _Running(run, request, target, asyncio.get_running_loop().create_future())
+        fetch_id = int(request.get("fetch_id", 0))
+        self._running[fetch_id] = running
+        try:
+            self._add_reader(running)
+            return await running.result
+        finally:
+            self._running.pop(fetch_id, None)
+
+    def _add_reader(self, running: _Running) -> None:
+        running.num_readers += 1
+        request = running.request
+        reading = asyncio.get_running_loop().run_in_executor(
+            self._threads,
+            read_run,
+            running.run,
+            self._connections,
+            running.target,
+            request["url"],
+            request["etag"],
+            request["start"],
+            float(request.get("stall_s", STALL_S)),
+        )
+        self._reading.add(reading)
+        reading.add_done_callback(self._reading.discard)
+        reading.add_done_callback(lambda done: _reader_ended(running, done))
+
+    async def _whole_from_origin(self, run: BlockFetch, request: dict[str, Any]) -> float:
+        began_s = time.monotonic()
+        async with self._whole:
+            url, start, end = request["url"], request["start"] + run.done, request["end"]
+            data = memoryview(await origin_for(url).get_range(url, request["etag"], start, end)).cast("B")
+            if len(data) != end - start:
+                raise OriginUnavailable(f"{url} gave {len(data)} bytes for the range [{start}, {end})", url=url)
+            first_byte_s = time.monotonic() - began_s
+            await asyncio.to_thread(run.put, run.done, data)
+        return first_byte_s
+
+
+def _reader_ended(running: _Running, reading: asyncio.Future[float]) -> None:
+    running.num_readers -= 1
+    if reading.cancelled():
+        return
+    error = reading.exception()
+    if running.result.done():
+        return
+    if running.run.done == running.run.length:
+        running.result.set_result(0.0 if error is not None else reading.result())
+    elif running.num_readers == 0:
+        running.result.set_exception(error or OriginUnavailable("a reader ended before its run was whole"))
+
+
+def _open_run(request: dict[str, Any]) -> BlockFetch:
+    """Opened for each run (some 50 µs against the milliseconds of 4 MiB) and never kept: a file that is open here after its eviction would
+    take space that nobody counts. Raises DiskError; CapacityError when its header is damaged."""
+    path = request["path"]
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError as error:
+        raise DiskError(f"{path} was removed", kind="lost") from error
+    except OSError as error:
+        raise disk_error(error, f"cannot use {path}") from error
+    try:
+        header = decode_identity(os.pread(fd, TABLE_OFFSET, 0))
+    except CorruptBlock as error:
+        os.close(fd)
+        raise CapacityError(f"{path} cannot be used: {error}") from error
+    except OSError as error:
+        os.close(fd)
+        raise disk_error(error, f"cannot use {path}") from error
+    length = request["end"] - request["start"]
+    return BlockFetch(fd, header, request["slot"], length, int(request.get("done", 0)), int(request.get("crc", 0)))

@@ -1,0 +1,186 @@
+"""How many requests one origin is given at once: found out from what it does, not configured. Pure; `now` is an argument.
+
+Three forces, judged window by window:
+- *More.* While the window was full and more requests brought more bytes per second, more are tried (slow start, as TCP does it).
+- *Fewer.* What more requests do not speed up, fewer may not slow down: then they only queued, and a reader that needs a block now would
+  queue behind them. Given back until goodput falls.
+- *503.* Above the share of refusals that this origin shows anyway, the number is cut (multiplicative decrease), again and again, and grows
+  in small steps once they end. When a cut costs goodput and brings no fewer refusals, they do not come from our load (a flaky proxy
+  refuses one in ten whatever is asked): it is undone and that share tolerated, else such an origin would be driven down to a crawl.
+
+Goodput comes from Little's law (requests in flight x bytes of one / time of one), over requests that began in the window: counting what
+lands per second is noise, because requests that began together land together.
+
+Sources: Jacobson 1988 (slow start, AIMD); Little 1961; the gradient idea from Netflix's concurrency-limits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+FLOOR = 2
+SEED = 16
+"""Blocks at once before anything is known: by Little's law 16 x 4 MiB at 100 ms are 640 MiB/s."""
+
+LARGE_BYTES = 1 << 20
+
+GROWTH = 1.5
+PROBE = 1.25
+WORTH_IT = 0.12
+"""More requests are kept when the goodput grew by at least this share of what they would bring on an idle link."""
+
+SHRINK = 0.8
+HARMLESS = 0.98
+"""Fewer requests are kept when at least this part of the goodput is left."""
+
+CUT = 0.7
+MIN_THROTTLE_WINDOW = 60
+"""Answers that a share of refusals is judged by; fewer would take chance for overload."""
+
+TOLERATED_SHARE = 0.02
+RANDOM_SHARE = 0.75
+COSTLY = 0.9
+"""A cut that leaves this part of the refusals, or more, and this part of the goodput, or less, was no cure."""
+
+HOLD_S = 10.0
+
+
+@dataclass
+class _Window:
+    start_s: float
+    num: int = 0
+    num_bytes: int = 0
+    seconds: float = 0.0
+    """Of requests that began since the window did, of about the full size: small ones say more of latency than of bandwidth."""
+    is_full: bool = False
+    """The limit was reached: what was measured says something about the limit."""
+
+
+@dataclass
+class _Answers:
+    start_s: float
+    num: int = 0
+    num_refusals: int = 0
+    num_bytes: int = 0
+
+
+class Concurrency:
+    """The limit for one origin. `cap`: what the configuration allows at most."""
+
+    def __init__(self, cap: int, *, seed: int = SEED) -> None:
+        self.cap = max(cap, 1)
+        self.floor = min(FLOOR, self.cap)
+        self.reason = "nothing is known yet"
+        """Why the limit is what it is, for people."""
+        self._limit = float(min(seed, self.cap))
+        self._window = _Window(0.0)
+        self._trying: float | None = None
+        """While a step is being tried: the limit before it."""
+        self._goodput = 0.0
+        """Before that step, or since we settled."""
+        self._is_settled = False
+        self._hold_until_s = 0.0
+        self._next_is_up = True
+        self._answers = _Answers(0.0)
+        self._tolerated = TOLERATED_SHARE
+        self._before_cut: tuple[float, float, float] | None = None
+        """While refusals are being answered by cuts: limit, share of refusals and goodput before the last."""
+
+    @property
+    def limit(self) -> int:
+        return int(self._limit)
+
+    def started(self, in_flight: int, now: float) -> None:
+        """A request went out; `in_flight` with it."""
+        if self._window.start_s == 0.0:
+            self._window.start_s = now
+        self._window.is_full |= in_flight >= self.limit
+
+    def ended(self, now: float, num_bytes: int, seconds: float = 0.0, *, throttled: bool = False) -> None:
+        """A request is over. `seconds`: what it took, 0 where that says nothing; `throttled`: it was refused with 429 or 503."""
+        answers = self._answers
+        answers.start_s = answers.start_s or now
+        answers.num += 1
+        answers.num_refusals += throttled
+        answers.num_bytes += num_bytes
+        if answers.num >= max(MIN_THROTTLE_WINDOW, 3 * self.limit) and now > answers.start_s:
+            self._judge_refusals(answers.num_refusals / answers.num, answers.num_bytes / (now - answers.start_s), now)
+            self._answers = _Answers(now)
+        window = self._window
+        if num_bytes >= LARGE_BYTES and 0 < seconds <= now - window.start_s:
+            window.num, window.num_bytes, window.seconds = (
+                window.num + 1,
+                window.num_bytes + num_bytes,
+                window.seconds + seconds,
+            )
+            if window.num >= max(12, 1.5 * self.limit):
+                if window.is_full and self._before_cut is None:
+                    self._judge(self.limit * window.num_bytes / window.seconds, now)
+                else:
+                    self._trying = None
+                self._window = _Window(now)
+
+    def _judge_refusals(self, share: float, goodput: float, now: float) -> None:
+        if share <= self._tolerated:
+            if self._before_cut is not None:
+                self._before_cut = None
+                self.reason = "cut, and the refusals have ended"
+                self._settle(0.0, now)
+            elif share < self._tolerated / 3:
+                self._tolerated = max(TOLERATED_SHARE, self._tolerated * 0.8)
+            return
+        if self._before_cut is not None:
+            limit, share_before, goodput_before = self._before_cut
+            if share > RANDOM_SHARE * share_before and goodput < COSTLY * goodput_before:
+                self._before_cut = None
+                self._tolerated = min(0.5, 1.5 * max(share, share_before))
+                self._set(limit, f"{share:.0%} refusals whatever is asked: not caused by our load")
+                self._settle(0.0, now)
+                return
+        if self._limit > self.floor:
+            self._before_cut = (self._limit, share, goodput)
+            self._set(self._limit * CUT, f"cut: {share:.0%} of the answers were refusals")
+
+    def _judge(self, goodput: float, now: float) -> None:
+        before, self._trying = self._trying, None
+        if before is not None and before < self._limit:
+            if goodput < self._goodput * (1 + WORTH_IT * (self._limit / before - 1)):
+                self._set(before, "more brought nothing")
+                self._settle(max(goodput, self._goodput), now)
+                self._next_is_up = False
+            else:
+                self._try(self._limit * (PROBE if self._is_settled else GROWTH), goodput, "more bring more", now)
+        elif before is not None:
+            if goodput < self._goodput * HARMLESS:
+                self._set(before, "fewer brought less")
+                self._settle(self._goodput, now)
+            else:
+                self._try(self._limit * SHRINK, max(goodput, self._goodput), "fewer bring as much", now)
+        elif not self._is_settled:
+            self._try(self._limit * GROWTH, goodput, "more may bring more", now)
+        elif now >= self._hold_until_s or goodput < 0.7 * self._goodput:
+            step = PROBE if self._next_is_up else SHRINK
+            self._next_is_up = not self._next_is_up
+            self._try(self._limit * step, goodput, "looking again", now)
+        elif not self._next_is_up:
+            self._next_is_up = True
+            self._try(self._limit * SHRINK, goodput, "fewer may bring as much", now)
+
+    def _try(self, limit: float, goodput: float, reason: str, now: float) -> None:
+        before = self._limit
+        self._set(limit if abs(limit - before) >= 1 else before + (1 if limit > before else -1), reason)
+        self._goodput = goodput
+        if self._limit == before:
+            self._settle(goodput, now)
+        else:
+            self._trying = before
+
+    def _settle(self, goodput: float, now: float) -> None:
+        self._trying = None
+        self._is_settled = True
+        self._goodput = goodput
+        self._hold_until_s = now + HOLD_S
+
+    def _set(self, limit: float, reason: str) -> None:
+        self._limit = min(max(limit, float(self.floor)), float(self.cap))
+        self.reason = reason
