@@ -6,7 +6,7 @@ Pure, importing `launcher.spec` and `launcher.errors` only:
     entrypoint    JobSpec → the command line that makes it again
     wiring, fabric, fabric_gke, queues, cachepod, peers, pods, extras, schedule, manifest     KubeJob → objects
     rules, rules_cluster, rules_pod, violation     objects → what the cluster would refuse, or take and never run
-    refusals, phases, logcursor     what the cluster answers → sentences, phases, new lines
+    admission, refusals, phases, logcursor     what the cluster answers → sentences, phases, new lines
     jobfile, values     texts → entries and values
 Shell:
     flags, request     flags and job files → KubeJob (the launcher's own flags are read by `launcher.options`)

@@ -146,9 +146,11 @@ class Kube:
                 raise ApiRefused(int(status.get("code", 500)), status.get("reason", ""), status.get("message", ""))
             yield event
 
-    def log_lines(self, namespace: str, pod: str, since_time: str | None, timeout_s: float) -> Iterator[str]:
-        """A pod's log as it grows, each line with its time in front; whole lines only. Silence longer than `timeout_s` ends it."""
-        query = {"follow": "true", "timestamps": "true"}
+    def log_lines(
+        self, namespace: str, pod: str, since_time: str | None, timeout_s: float, container: str
+    ) -> Iterator[str]:
+        """A container's log as it grows, each line with its time in front; whole lines only. Silence longer than `timeout_s` ends it."""
+        query = {"follow": "true", "timestamps": "true", "container": container}
         if since_time is not None:
             query["sinceTime"] = since_time
         for line in self._lines(f"{_path('Pod', namespace, pod)}/log", query, timeout_s):

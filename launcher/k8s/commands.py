@@ -61,7 +61,7 @@ def submit(argv: Sequence[str]) -> int:
         return EXIT_OK
     from launcher.k8s import submission
     from launcher.k8s.client import Kube
-    from launcher.k8s.follow import Follower, Screen
+    from launcher.k8s.follow import Follower, Hopeless, Screen
 
     kube, screen = Kube(_text(request, "context")), Screen(as_json=request.has("json"))
     if not request.texts("namespace"):
@@ -80,21 +80,28 @@ def submit(argv: Sequence[str]) -> int:
     main = rendered.main
     name, namespace = main["metadata"]["name"], main["metadata"]["namespace"]
     if request.has("dry-run"):
-        submission.dry_run(kube, rendered)
+        for note in submission.dry_run(kube, rendered):
+            screen.say("note", note)
         num_objects = len(rendered.objects) + len(rendered.own_secrets)
         screen.say("dry-run", f"the cluster would take {num_objects} objects; nothing was created")
         return EXIT_OK
     found = submission.submit(kube, rendered)
+    for note in found.notes:
+        screen.say("note", note)
     verb = "submitted" if found.is_new else "found, submitted before"
     screen.say(
         "submitted", f"{main['kind']} {namespace}/{name} {verb}", name=name, namespace=namespace, is_new=found.is_new
     )
     if request.has("detach") or main["kind"] != "RayJob":
         return EXIT_OK
-    follower = Follower(kube, namespace, name, screen)
-    return _attached(
-        namespace, name, screen.say, follower.until_placed if request.has("wait-placed") else follower.until_ended
-    )
+    follower = Follower(kube, namespace, name, screen, gives_up=found.is_new)
+    try:
+        return _attached(
+            namespace, name, screen.say, follower.until_placed if request.has("wait-placed") else follower.until_ended
+        )
+    except Hopeless:
+        submission.withdraw(kube, found)
+        raise
 
 
 def logs(argv: Sequence[str]) -> int:
@@ -280,10 +287,21 @@ def _manifest(request: Request) -> dict[str, Any]:
         metadata["ownerReferences"] = [
             {"apiVersion": "batch/v1", "kind": "Job", "name": metadata["name"], "uid": owner}
         ]
-    fatal = [violation for violation in check([one]) if violation.is_fatal]
+    try:
+        fatal = [violation for violation in check([one]) if violation.is_fatal]
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+        # Whatever a hand can write: rules read the fields that every RayJob has, and one of them is missing or of another kind.
+        raise SpecError(
+            f"{path}: this has not the shape of a RayJob: {_shape(error)}",
+            advice="`kubectl explain rayjob.spec --recursive` shows the fields; `python -m launcher render …` makes one",
+        ) from error
     if fatal:
         raise SpecError(f"{path}: {fatal[0].message}", advice=fatal[0].advice)
     return one
+
+
+def _shape(error: Exception) -> str:
+    return f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error)
 
 
 def _lookup(argv: Sequence[str]) -> tuple[Request, list[str]]:

@@ -112,6 +112,23 @@ FABRICS: Mapping[str, Callable[[KubeOptions], Wiring]] = {
 }
 
 
+# What people call them.
+_ELSEWHERE = {
+    "infiniband": "ib",
+    "rdma": "ib",
+    "aws": "efa",
+    "eks": "efa",
+    "gke": "gke-rdma",
+    "gib": "gke-rdma",
+    "tcpxo": "gke-tcpxo",
+    "fastrak": "gke-tcpxo",
+    "tcpx": "gke-tcpx",
+    "aks": "azure",
+    "oracle": "oci",
+    "ethernet": "none",
+}
+
+
 def wire(kube: KubeOptions) -> Wiring:
     """The wiring of `--fabric`. Raises SpecError for a name that is none, or one that lacks what it needs."""
     if kube.fabric == "auto":
@@ -120,10 +137,12 @@ def wire(kube: KubeOptions) -> Wiring:
             advice=f"name it: {', '.join(FABRICS)}; submit --fabric auto looks and says what it found",
         )
     if kube.fabric not in FABRICS:
-        close = difflib.get_close_matches(kube.fabric, FABRICS, n=1, cutoff=0.4)
+        words = {**_ELSEWHERE, **{name: name for name in FABRICS}}
+        close = difflib.get_close_matches(kube.fabric.lower(), words, n=1, cutoff=0.6)
         raise SpecError(
             f"--fabric {kube.fabric}: no such fabric",
-            advice=(f"did you mean {close[0]}? " if close else "") + f"There are {', '.join((*FABRICS, 'auto'))}",
+            advice=(f"did you mean {words[close[0]]}? " if close else "")
+            + f"There are {', '.join((*FABRICS, 'auto'))}",
         )
     if not kube.gpus and kube.fabric != "none":
         raise SpecError(

@@ -13,11 +13,11 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any, TextIO
 
-from launcher.errors import ClusterUnavailable, LauncherError
+from launcher.errors import ClusterUnavailable, LauncherError, SpecError
 from launcher.k8s.client import Kube
 from launcher.k8s.logcursor import LogCursor
 from launcher.k8s.phases import Ending, Phase, ending, is_placed, phase_of
-from launcher.k8s.pods import JOB_LABEL
+from launcher.k8s.pods import JOB_LABEL, ROLE_LABEL, SUBMITTER
 from launcher.k8s.refusals import ApiRefused, explain
 
 WATCH_S = 5
@@ -46,12 +46,24 @@ class Screen:
             print(line, file=self._out, flush=True)
 
 
+class Hopeless(SpecError):
+    """The job's pods can never start as they are."""
+
+
 class Follower:
-    """Follows one RayJob."""
+    """Follows one RayJob. `gives_up`: raises Hopeless where no waiting helps, instead of waiting on."""
 
     def __init__(
-        self, kube: Kube, namespace: str, name: str, screen: Screen, *, sleep: Callable[[float], None] = time.sleep
+        self,
+        kube: Kube,
+        namespace: str,
+        name: str,
+        screen: Screen,
+        *,
+        gives_up: bool = False,
+        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
+        self._gives_up = gives_up
         self._kube, self._namespace, self._name, self._screen, self._sleep = kube, namespace, name, screen, sleep
         self._said: Phase | None = None
         self._version = ""
@@ -95,6 +107,8 @@ class Follower:
             self._said = phase
             if phase.name != "ended":  # how it ended is said once, after the last line of its output
                 self._screen.say("phase", str(phase), phase=phase.name, detail=phase.detail)
+        if phase.is_hopeless and self._gives_up:
+            raise Hopeless(phase.detail, advice="the job was deleted; give another --image and submit again")
         return phase
 
     def _phase(self, job: Mapping[str, Any]) -> Phase:
@@ -152,8 +166,7 @@ class Follower:
 
     def _show_output(self) -> None:
         """The submitter's log from where we are to its end, or to a cut, or to a silence."""
-        selector = f"batch.kubernetes.io/job-name={self._name}"
-        pods = self._kube.list("Pod", self._namespace, labelSelector=selector)["items"]
+        pods = self._submitters()
         if not pods:
             return
         pod = max(pods, key=lambda one: str(one["metadata"].get("creationTimestamp", "")))["metadata"]["name"]
@@ -163,7 +176,7 @@ class Follower:
         self._pod = pod
         self._cursor.reconnected()
         try:
-            for line in self._kube.log_lines(self._namespace, pod, self._cursor.since_time, LOG_SILENCE_S):
+            for line in self._kube.log_lines(self._namespace, pod, self._cursor.since_time, LOG_SILENCE_S, SUBMITTER):
                 text = self._cursor.take(line)
                 if text is not None:
                     self._screen.output(text)
@@ -171,6 +184,20 @@ class Follower:
             if refusal.code == 403:
                 raise explain(refusal, "Pod", pod, self._namespace) from refusal
             self._sleep(1.0)  # its container has not started yet, or the pod is gone already
+
+    def _submitters(self) -> list[dict[str, Any]]:
+        """Pods with the container that submits: one of the Job's own, or in SidecarMode the head. HTTPMode has none."""
+        own: list[dict[str, Any]] = self._kube.list(
+            "Pod", self._namespace, labelSelector=f"batch.kubernetes.io/job-name={self._name}"
+        )["items"]
+        if own:
+            return own
+        heads = self._kube.list("Pod", self._namespace, labelSelector=f"{JOB_LABEL}={self._name},{ROLE_LABEL}=head")
+        return [
+            pod
+            for pod in heads["items"]
+            if any(one["name"] == SUBMITTER for one in pod.get("spec", {}).get("containers", []))
+        ]
 
     def _gone(self) -> LauncherError:
         return ClusterUnavailable(

@@ -53,6 +53,12 @@ def render(job: KubeJob) -> Rendered:
     wiring, queue = wire(job.kube), queueing(job)
     _check_files(job)
     check_peers(job.kube.cache)
+    if job.kube.network_policy and wiring.host_network:
+        raise SpecError(
+            f"--network-policy with --fabric {job.kube.fabric}: workers in the host's network are no pods to a policy, and the head would "
+            "turn them away",
+            advice="leave --network-policy out; the nodes' own firewall decides there",
+        )
     around = [
         *extras.account(job),
         *extras.code(job),

@@ -26,6 +26,8 @@ class Phase:
 
     name: str
     detail: str = ""
+    is_hopeless: bool = False
+    """True: no waiting helps; what was asked for must change."""
 
     def __str__(self) -> str:
         return f"{self.name}: {self.detail}" if self.detail else self.name
@@ -93,9 +95,9 @@ def _of_pods(job: Object, pods: Sequence[Object], events: Sequence[Object]) -> P
         group.get("replicas", 0) for group in job["spec"].get("rayClusterSpec", {}).get("workerGroupSpecs", [])
     )
     unplaced = [pod for pod in pods if not pod.get("spec", {}).get("nodeName")]
-    broken = next((text for pod in pods for text in [_trouble(pod)] if text), None)
+    broken = next((phase for pod in pods for phase in [_trouble(pod)] if phase), None)
     if broken:
-        return Phase("pulling" if "cannot be pulled" in broken else "starting", broken)
+        return broken
     if len(pods) < wanted or unplaced:
         placed = len(pods) - len(unplaced)
         why = next((text for pod in unplaced for text in [_unschedulable(pod)] if text), None) or _last(
@@ -131,21 +133,30 @@ def _statuses(pod: Object) -> list[Object]:
     return [*status.get("initContainerStatuses", []), *status.get("containerStatuses", [])]
 
 
-def _trouble(pod: Object) -> str | None:
-    """What will not mend itself, in words."""
+def _trouble(pod: Object) -> Phase | None:
+    """What will hardly mend itself, in words."""
     name = pod["metadata"]["name"]
     for one in _statuses(pod):
         waiting = one.get("state", {}).get("waiting", {})
         ended = one.get("state", {}).get("terminated") or one.get("lastState", {}).get("terminated") or {}
         reason, text = waiting.get("reason", ""), waiting.get("message") or ended.get("message", "")
         if reason in _NO_IMAGE:
-            return f"the image of {name} ({one.get('image', '')}) cannot be pulled: {text or reason}"
+            said = f"the image of {name} ({one.get('image', '')}) cannot be pulled: {text or reason}"
+            return Phase("pulling", said, is_hopeless=reason == "InvalidImageName")
         if (reason in _BROKEN or ended.get("reason") in _BROKEN) and "bash" in text:
-            return f"{name}: the image has no bash, which KubeRay needs to start Ray: {text}"
+            return Phase(
+                "starting", f"{name}: the image has no bash, which KubeRay needs to start Ray: {text}", is_hopeless=True
+            )
         if reason in _BROKEN:
-            return f"{name}: container {one['name']} does not start ({reason}): {text or 'see its log'}"
+            return Phase(
+                "starting", f"{name}: container {one['name']} does not start ({reason}): {text or 'see its log'}"
+            )
         if ended.get("reason") == "OOMKilled":
-            return f"{name}: container {one['name']} was killed for memory; give it more"
+            return Phase("starting", f"{name}: container {one['name']} was killed for memory; give it more")
+        now = one.get("state", {}).get("terminated", {})
+        if now.get("exitCode"):
+            last = str(now.get("message") or "see its log").strip().rpartition("\n")[2]
+            return Phase("starting", f"{name}: container {one['name']} ended with {now['exitCode']}: {last}")
     return None
 
 

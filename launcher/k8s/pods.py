@@ -16,6 +16,8 @@ from launcher.k8s.wiring import Wiring
 
 JOB_LABEL = "railhead.dev/job"
 ROLE_LABEL = "railhead.dev/role"
+SUBMITTER = "ray-job-submitter"
+"""The container whose log is the job's output: KubeRay's own name for it in SidecarMode, and ours elsewhere."""
 RUNS_PATH = "/railhead/runs"
 CODE_VOLUME = "code"
 _NO_TOKEN = {"name": "RAY_AUTH_MODE", "value": "disabled"}
@@ -89,7 +91,7 @@ def worker_template(job: KubeJob, wiring: Wiring, annotations: dict[str, str]) -
 def submitter_template(job: KubeJob, wiring: Wiring) -> dict[str, Any]:
     """KubeRay's own default takes neither pull secrets nor tolerations from the head; without a command, its submit line is used."""
     container: dict[str, Any] = {
-        "name": "ray-job-submitter",
+        "name": SUBMITTER,
         "image": job.kube.image,
         **_pull_policy(job),
         **({"env": [_NO_TOKEN]} if _goes_without_token(job) else {}),

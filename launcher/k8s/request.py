@@ -134,18 +134,14 @@ def to_job(request: Request, environ: Mapping[str, str], read_text: Callable[[st
 
 
 def located(error: SpecError, request: Request) -> SpecError:
-    """An error about `--flag …` whose value came from a job file, with the line in front."""
-    found = re.match(r"--([a-z-]+)", error.message)
-    given = request.texts(found[1]) if found else ()
-    source = (
-        given[-1].source
-        if given
-        else request.line.given[found[1]].source
-        if found and found[1] in request.line.given
-        else ""
-    )
-    place = re.match(r"(.+:\d+): ", source)
-    return SpecError(f"{place[1]}: {error.message}", advice=error.advice) if place else error
+    """An error that names a flag whose value came from a job file, with the line of the first of them in front."""
+    for name in re.findall(r"--([a-z][a-z-]+)", error.message):
+        given = request.texts(name)
+        source = given[-1].source if given else request.line.given[name].source if name in request.line.given else ""
+        place = re.match(r"(.+:\d+): ", source)
+        if place:
+            return SpecError(f"{place[1]}: {error.message}", advice=error.advice)
+    return error
 
 
 def _build(request: Request, environ: Mapping[str, str], read_text: Callable[[str], str]) -> KubeJob:

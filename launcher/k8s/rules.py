@@ -30,6 +30,7 @@ __all__ = ["Operator", "Violation", "check", "check_edit"]
 _NAME_LIMITS = {"RayJob": MAX_RAYJOB_NAME, "RayCronJob": MAX_RAYCRONJOB_NAME, "CronJob": MAX_CRONJOB_NAME}
 _SUBMITTERLESS = ("HTTPMode", "SidecarMode", "InteractiveMode")
 MAX_KUEUE_POD_SETS = 18
+KUBERAY, MULTIKUEUE = "ray.io/kuberay-operator", "kueue.x-k8s.io/multikueue"
 
 
 def check(objects: Sequence[Mapping[str, Any]], operator: Operator | None = None) -> list[Violation]:
@@ -125,6 +126,17 @@ def _life(spec: Mapping[str, Any]) -> Iterator[Violation]:
             "set shutdownAfterJobFinishes: true",
             is_fatal=False,
         )
+    strategy = spec.get("deletionStrategy")
+    if strategy is not None:
+        legacy = {"onSuccess", "onFailure"} & set(strategy)
+        if (legacy and has_rules) or not (has_rules or len(legacy) == 2):
+            yield Violation(
+                "ttl",
+                "deletionStrategy has either deletionRules, or both onSuccess and onFailure",
+                "keep one of the two ways",
+            )
+    if spec.get("managedBy", KUBERAY) not in (KUBERAY, MULTIKUEUE):
+        yield Violation("managed-by", f"managedBy {spec['managedBy']}: only {KUBERAY} and {MULTIKUEUE} are taken")
     if spec.get("suspend") and (not ends or "clusterSelector" in spec):
         yield Violation("suspend", "suspend needs shutdownAfterJobFinishes, and no clusterSelector")
     for key in ("activeDeadlineSeconds", "preRunningDeadlineSeconds"):

@@ -18,6 +18,7 @@ ALPHA_FIELDS = {
     "historyServerOptions": "RayClusterHistoryServer",
 }
 RESERVED_GROUPS = ("head", "headgroup")
+_WITHOUT_BASH = re.compile(r"distroless|(^|/)(busybox|alpine|scratch|wolfi-base)(:|@|$)|:[^/]*alpine")
 _RESOURCE_PARAMS = ("num-cpus", "num-gpus", "memory", "resources")
 
 
@@ -26,6 +27,7 @@ def check_cluster(cluster: Mapping[str, Any], operator: Operator, *, mode: str) 
     head = cluster["headGroupSpec"]
     groups = cluster.get("workerGroupSpecs", [])
     yield from _versions(cluster)
+    yield from _images(cluster)
     yield from _gates(cluster, operator)
     yield from _group_names(cluster)
     yield from _head(head)
@@ -157,6 +159,19 @@ def _versions(cluster: Mapping[str, Any]) -> Iterator[Violation]:
                 f"rayVersion is {release} and image {image} holds Ray {tag[1]}: KubeRay would use the wrong probes",
                 f"give --ray-version {tag[1]}",
             )
+
+
+def _images(cluster: Mapping[str, Any]) -> Iterator[Violation]:
+    """KubeRay starts Ray by `/bin/bash -c`. Only names tell before the image is pulled; what they do not tell, `submit` sees in the pod."""
+    for group in (cluster["headGroupSpec"], *cluster.get("workerGroupSpecs", [])):
+        image = group["template"]["spec"]["containers"][0]["image"]
+        if _WITHOUT_BASH.search(image):
+            yield Violation(
+                "image-without-bash",
+                f"image {image} has no bash by its name, and KubeRay starts Ray with /bin/bash",
+                "build on an image with bash: docs/kubernetes-image.md",
+            )
+            return
 
 
 def _gates(cluster: Mapping[str, Any], operator: Operator) -> Iterator[Violation]:

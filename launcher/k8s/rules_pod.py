@@ -209,8 +209,13 @@ def _memory_volumes(where: str, ray: Mapping[str, Any], volumes: Sequence[Mappin
         if volume["name"] in mounted and volume.get("emptyDir", {}).get("medium") == "Memory"
     ]
     unbounded = [volume["name"] for volume in in_memory if "sizeLimit" not in volume["emptyDir"]]
-    total = sum(parse_quantity(volume["emptyDir"].get("sizeLimit", "0")) for volume in in_memory)
-    if unbounded or total > parse_quantity(limit) * 0.75:
+    try:
+        total = sum(parse_quantity(str(volume["emptyDir"].get("sizeLimit", "0"))) for volume in in_memory)
+        room = parse_quantity(str(limit)) * 0.75
+    except ValueError as error:
+        yield Violation("quantity", f"{where}: memory {limit} and its volumes' sizeLimit: expected {error}")
+        return
+    if unbounded or total > room:
         size = f"{', '.join(unbounded)} without a sizeLimit" if unbounded else f"{total / 2**30:.1f} GiB"
         yield Violation(
             "memory-volume-without-room",

@@ -14,11 +14,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from launcher.errors import LauncherError, RequestRefused
+from launcher.k8s.admission import advice_if_final, may_not_ask, trial_pods
 from launcher.k8s.client import Kube
 from launcher.k8s.manifest import HASH_ANNOTATION, Rendered
 from launcher.k8s.peers import KEY
 from launcher.k8s.refusals import ApiRefused, explain
 from launcher.k8s.rules import check_edit
+
+SUBMISSION_ANNOTATION = "railhead.dev/submission"
+"""Which call of `submit` made the object: a creation whose answer was lost is told from one by somebody else."""
 
 
 @dataclass(frozen=True)
@@ -28,10 +32,12 @@ class Submitted:
     main: Mapping[str, Any]
     is_new: bool
     """False: an earlier submit had made it already."""
+    notes: tuple[str, ...] = ()
+    """What admission says that need not be the end."""
 
 
-def dry_run(kube: Kube, rendered: Rendered) -> None:
-    """Asks the API server, its admission and its schemas. Raises LauncherError for the first refusal; creates nothing."""
+def dry_run(kube: Kube, rendered: Rendered) -> tuple[str, ...]:
+    """Asks the API server, its admission and its schemas. Raises LauncherError for the first refusal; creates nothing. Returns notes."""
     *around, main = rendered.objects
     _check_secrets(kube, main["metadata"]["namespace"], rendered.needed_secrets)
     try:
@@ -47,18 +53,21 @@ def dry_run(kube: Kube, rendered: Rendered) -> None:
             raise _explained(refusal, one) from refusal
     for one in rendered.own_secrets:
         _make_secret(kube, one, dry_run=True)
+    return _try_pods(kube, main)
 
 
 def submit(kube: Kube, rendered: Rendered) -> Submitted:
     """Creates the objects of a job, or finds them there. Raises LauncherError; then nothing new is left."""
-    dry_run(kube, rendered)
+    notes = dry_run(kube, rendered)
     *around, main = rendered.objects
+    ours = secrets.token_hex(8)
     try:
-        made, is_new = kube.create(main), True
+        made, is_new = kube.create(_annotated(main, ours)), True
     except ApiRefused as refusal:
         if refusal.code != 409:
             raise _explained(refusal, main) from refusal
-        made, is_new = _existing(kube, main), False
+        made = _existing(kube, main)
+        is_new = made["metadata"].get("annotations", {}).get(SUBMISSION_ANNOTATION) == ours
     try:
         for one in rendered.own_secrets:
             _make_secret(kube, _owned(one, made))
@@ -71,7 +80,35 @@ def submit(kube: Kube, rendered: Rendered) -> Submitted:
         if is_new:
             kube.delete(made["kind"], made["metadata"]["namespace"], made["metadata"]["name"])
         raise
-    return Submitted(made, is_new)
+    return Submitted(made, is_new, notes)
+
+
+def withdraw(kube: Kube, submitted: Submitted) -> None:
+    """Deletes a job that can never start, with all that belongs to it."""
+    metadata = submitted.main["metadata"]
+    kube.delete(submitted.main["kind"], metadata["namespace"], metadata["name"])
+
+
+def _annotated(main: Mapping[str, Any], submission: str) -> dict[str, Any]:
+    annotations = {**main["metadata"].get("annotations", {}), SUBMISSION_ANNOTATION: submission}
+    return {**main, "metadata": {**main["metadata"], "annotations": annotations}}
+
+
+def _try_pods(kube: Kube, main: Mapping[str, Any]) -> tuple[str, ...]:
+    notes = []
+    for pod in trial_pods(main):
+        try:
+            kube.create(pod, dry_run=True)
+        except ApiRefused as refusal:
+            name, advice = pod["metadata"]["name"], advice_if_final(refusal)
+            if advice is not None:
+                raise RequestRefused(
+                    f"a pod like {name} may not be here: {refusal.message}", advice=advice
+                ) from refusal
+            if may_not_ask(refusal):
+                break
+            notes.append(f"a pod like {name} would be refused just now: {refusal.message}")
+    return tuple(notes)
 
 
 def _make_secret(kube: Kube, one: Mapping[str, Any], *, dry_run: bool = False) -> None:

@@ -44,6 +44,16 @@ class Fault:
     reason: str = ""
     message: str = ""
     headers: dict[str, str] = field(default_factory=dict)
+    skip: int = 0
+    """So many of them are served first."""
+
+
+@dataclass
+class Cut:
+    """One request whose line has all of these words is done, and its answer lost: the connection closes."""
+
+    words: tuple[str, ...]
+    skip: int = 0
 
 
 @dataclass
@@ -70,6 +80,7 @@ class FakeApiServer:
         self.requests: list[str] = []
         self.hooks: list[Hook] = []
         self.faults: list[Fault] = []
+        self.cuts: list[Cut] = []
         self.logs: dict[str, Log] = {}
         self.bookmarks_only: int = 0
         """So many watches to come send a bookmark and end."""
@@ -80,9 +91,14 @@ class FakeApiServer:
     def when(self, *words: str, count: int = 1, then: Callable[[], None]) -> None:
         self.hooks.append(Hook(words, count, then))
 
-    def fail(self, *words: str, code: int, times: int = 1, reason: str = "", message: str = "", **headers: str) -> None:
+    def fail(
+        self, *words: str, code: int, times: int = 1, reason: str = "", message: str = "", skip: int = 0, **headers: str
+    ) -> None:
         found = {key.replace("_", "-"): value for key, value in headers.items()}
-        self.faults.append(Fault(words, times, code, reason, message, found))
+        self.faults.append(Fault(words, times, code, reason, message, found, skip))
+
+    def cut_answers(self, *words: str, skip: int = 0) -> None:
+        self.cuts.append(Cut(words, skip))
 
     def put(self, plural: str, one: dict[str, Any]) -> dict[str, Any]:
         with self.changed:
@@ -169,6 +185,7 @@ def serving(folder: Path) -> Iterator[tuple[FakeApiServer, Path]]:
 
 class _Handler(BaseHTTPRequestHandler):
     state: FakeApiServer
+    _is_cut = False
     protocol_version = "HTTP/1.1"
 
     def log_message(self, format: str, *args: Any) -> None:
@@ -192,9 +209,8 @@ class _Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(length)) if length else None
         with self.state.changed:
             self.state.requests.append(line)
-            fault = next((f for f in self.state.faults if f.times and all(word in line for word in f.words)), None)
-            if fault is not None:
-                fault.times -= 1
+            fault = self._due_fault(line)
+            self._is_cut = self._due_cut(line)
             due = []
             for hook in list(self.state.hooks):
                 if all(word in line for word in hook.words):
@@ -209,6 +225,26 @@ class _Handler(BaseHTTPRequestHandler):
         if fault is not None:
             return self._status(fault.code, fault.reason, fault.message, headers=fault.headers)
         return self._route(body)
+
+    def _due_fault(self, line: str) -> Fault | None:
+        for fault in self.state.faults:
+            if fault.times and all(word in line for word in fault.words):
+                if fault.skip:
+                    fault.skip -= 1
+                    continue
+                fault.times -= 1
+                return fault
+        return None
+
+    def _due_cut(self, line: str) -> bool:
+        for cut in self.state.cuts:
+            if all(word in line for word in cut.words):
+                if cut.skip:
+                    cut.skip -= 1
+                    continue
+                self.state.cuts.remove(cut)
+                return True
+        return False
 
     def _route(self, body: Any) -> None:
         url = urlsplit(self.path)
@@ -380,6 +416,9 @@ class _Handler(BaseHTTPRequestHandler):
         self._json(code, status, headers)
 
     def _json(self, code: int, one: Any, headers: dict[str, str] | None = None) -> None:
+        if self._is_cut:
+            self.close_connection = True
+            return
         data = json.dumps(one).encode()
         self.send_response(code)
         self.send_header("Content-Type", "application/json")

@@ -285,7 +285,7 @@ def jobs(draw: st.DrawFn) -> KubeJob:
             schedule_with=draw(st.sampled_from(ScheduleWith)) if scheduler is Scheduler.NONE else ScheduleWith.CRON_JOB,
             feature_gates=("RayCronJob",),
             disruption_budget=draw(st.booleans()),
-            network_policy=draw(st.booleans()),
+            network_policy=fabric not in ("oci", "roce-host") and draw(st.booleans()),
             pod_monitor=draw(st.booleans()),
         ),
     )

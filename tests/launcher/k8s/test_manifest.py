@@ -327,6 +327,12 @@ REFUSED: dict[str, Refusal] = {
     "a working dir that a shell would read": ({}, {"working_dir": "s3://b/$(id).zip"}, "pastes it into a shell line"),
     "a reserved variable": ({"env": {"RAY_ADDRESS": "x"}}, {}, "set by KubeRay itself"),
     "a file too large for a ConfigMap": ({}, {"files": {"a.py": "x" * 2**20}}, "a ConfigMap holds"),
+    "a network policy over the host's network": (
+        {},
+        {"fabric": "oci", "network_policy": True},
+        "are no pods to a policy",
+    ),
+    "an image that has no bash": ({}, {"image": "alpine:3.20"}, "has no bash by its name"),
     "the image's Ray is another": ({}, {"image": "rayproject/ray:2.49.0-py311"}, "--ray-version 2.49.0"),
 }
 

@@ -66,6 +66,27 @@ CASES: dict[str, tuple[dict[str, Any], list[dict[str, Any]], str]] = {
         ],
         'starting: w: the image has no bash, which KubeRay needs to start Ray: exec: "/bin/bash": no such file',
     ),
+    "a container that gave up": (
+        job(),
+        [
+            pod("head"),
+            pod(
+                "w",
+                containerStatuses=[
+                    {"name": "ray-worker", "state": {"terminated": {"exitCode": 1, "message": "a\nno plugin\n"}}}
+                ],
+            ),
+        ],
+        "starting: w: container ray-worker ended with 1: no plugin",
+    ),
+    "a sidecar that came back": (
+        job(),
+        [
+            pod("head", ready=True),
+            pod("w", initContainerStatuses=[{**RUNNING, "lastState": {"terminated": {"exitCode": 1, "message": "x"}}}]),
+        ],
+        "warming: the cache of 1 of 1 nodes is starting",
+    ),
     "pulling": (
         job(),
         [pod("head", ready=True), pod("w", containerStatuses=[waiting("ray-worker", "ContainerCreating")])],

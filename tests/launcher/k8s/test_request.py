@@ -93,7 +93,11 @@ MISTAKES = {
         "",
     ),
     "a wrong quantity": (FILE + "memory: 512GB\n", "job.yaml:9: memory 512GB: expected", "did you mean 512Gi"),
-    "a value that fits nothing else": (FILE + "cpus: 4\n", "8 ranks with 1 CPUs each need 8 CPUs", "--cpus 8"),
+    "a value that fits nothing else": (
+        FILE + "cpus: 4\n",
+        "job.yaml:9: 8 ranks with 1 CPUs each need 8 CPUs",
+        "--cpus 8",
+    ),
     "no value": (FILE + "memory:\n", "job.yaml:9: memory has no value", ""),
     "no YAML": (FILE + "note: a: b\n", "job.yaml:9: this is no YAML", "quotes"),
     "a list where pairs belong": ("env:\n  - [1, 2]\n", "job.yaml:2: env takes a list of texts", ""),

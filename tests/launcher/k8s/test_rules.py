@@ -227,6 +227,16 @@ MISTAKES: dict[str, tuple[str, Spoil]] = {
             one["spec"].update(suspend=False),
         ),
     ),
+    "an image without bash": ("image-without-bash", lambda one: _ray(one).update(image="reg/python:3.11-alpine")),
+    "a distroless image": ("image-without-bash", lambda one: _ray(one).update(image="gcr.io/distroless/python3")),
+    "two ways of deletion": (
+        "ttl",
+        lambda one: one["spec"].update(
+            deletionStrategy={"deletionRules": [], "onSuccess": {}}, shutdownAfterJobFinishes=False
+        ),
+    ),
+    "half a way of deletion": ("ttl", lambda one: one["spec"].update(deletionStrategy={"onSuccess": {}})),
+    "a manager that nobody knows": ("managed-by", lambda one: one["spec"].update(managedBy="me")),
     "retries on somebody's cluster": (
         "retries",
         lambda one: one["spec"].update(backoffLimit=1, submissionMode="InteractiveMode"),
