@@ -33,6 +33,15 @@ class ProgramKind(enum.Enum):
     """Anything that can be executed, found on PATH (`--no-python`)."""
 
 
+class StartMethod(enum.Enum):
+    """How a rank's process is made (`--start-method`)."""
+
+    FORK_SERVER = "forkserver"
+    """Python programs are forked from a process that has imported torch; what cannot be forked is spawned."""
+    SPAWN = "spawn"
+    """A fresh interpreter for each."""
+
+
 class Stream(enum.IntFlag):
     """Standard streams of a rank, with torchrun's numbers (`-r 3` means both)."""
 
@@ -184,6 +193,7 @@ class JobSpec:
     """Working directory of the ranks, the same path on every node."""
     env: Mapping[str, str] = field(default_factory=dict)
     """Set for every rank over the agent's own environment (on Ray: what the user asked to carry over). torchrun's own variables win."""
+    start_method: StartMethod = StartMethod.FORK_SERVER
     role: str = "default"
     run_id: str = "none"
     """TORCHELASTIC_RUN_ID (`--rdzv-id`)."""

@@ -51,6 +51,46 @@ class NodeAdvice:
     """By local rank: what it is bound to, or why not, in a sentence."""
 
 
+PER_RANK = (
+    "RANK",
+    "LOCAL_RANK",
+    "GROUP_RANK",
+    "ROLE_RANK",
+    "ROLE_NAME",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_WORLD_SIZE",
+    "ROLE_WORLD_SIZE",
+    "NODE_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "CUDA_VISIBLE_DEVICES",
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING",
+    "TORCHELASTIC_*",
+    "RAILHEAD_*",
+    "NCCL_*",
+    "GLOO_*",
+    "UCX_*",
+    "FI_*",
+)
+"""Variables in which ranks may differ from each other and from one attempt to the next. Libraries read them when they are needed; a module
+that reads one when it is imported cannot be imported for all ranks at once (`node/forkserver.py`)."""
+
+
+def differing(env: Mapping[str, str], shared: Mapping[str, str]) -> tuple[str, ...]:
+    """Variables of a rank that are not as in `shared`, and that may have been read there already.
+
+    >>> differing({"RANK": "1", "LANG": "C", "NCCL_DEBUG": "INFO"}, {"LANG": "C.UTF-8"})
+    ('LANG',)
+    """
+    names = {name for name in {*env, *shared} if env.get(name) != shared.get(name)}
+    return tuple(sorted(name for name in names if not is_per_rank(name)))
+
+
+def is_per_rank(name: str) -> bool:
+    return any(name.startswith(known[:-1]) if known.endswith("*") else name == known for known in PER_RANK)
+
+
 @dataclass(frozen=True)
 class RankPlaces:
     """Paths and sockets on this node that a rank is told of."""
@@ -80,7 +120,7 @@ def settings(
     chosen = (
         *_places_in_the_gang(spec, plan, member),
         *_meeting_point(spec, plan, places),
-        *_defaults(member, base),
+        *defaults(member.node.num_ranks, base),
         *_devices(spec, member, base),
         *_ours(plan, places),
     )
@@ -141,11 +181,12 @@ def _meeting_point(spec: JobSpec, plan: AttemptPlan, places: RankPlaces) -> tupl
     )
 
 
-def _defaults(member: Member, base: Mapping[str, str]) -> tuple[Setting, ...]:
+def defaults(num_ranks: int, base: Mapping[str, str]) -> tuple[Setting, ...]:
+    """What every rank of a node with so many gets if the user has not set it."""
     found = []
     if "TORCH_NCCL_ASYNC_ERROR_HANDLING" not in base:
         found.append(Setting("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1", "as torchrun: a failed collective ends the rank"))
-    if "OMP_NUM_THREADS" not in base and member.node.num_ranks > 1:
+    if "OMP_NUM_THREADS" not in base and num_ranks > 1:
         found.append(
             Setting("OMP_NUM_THREADS", "1", "as torchrun: several ranks share the node's cores; set it to tune")
         )

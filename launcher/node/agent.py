@@ -13,6 +13,7 @@ import contextlib
 import os
 import selectors
 import signal
+import socket
 import threading
 import time
 import traceback
@@ -34,7 +35,8 @@ from launcher.gang.world import NodeInfo
 from launcher.node import strays
 from launcher.node.cache_child import CacheChild
 from launcher.node.follow import LogFollower
-from launcher.node.guarded import Gone, GuardedProcess, Report
+from launcher.node.forking import ForkServers
+from launcher.node.guarded import Gone, GuardedProcess, NeverBorn, Report
 from launcher.node.node_attempt import NodeAttempt
 from launcher.node.survey import Survey, is_needed
 from launcher.spec import JobSpec
@@ -96,6 +98,8 @@ class NodeAgent:
         os.set_blocking(self._wake_write_fd, False)
         self._selector.register(self._wake_fd, selectors.EVENT_READ, self._drain_wake)
         strays.adopt()
+        self._forks = ForkServers(spec, node.num_ranks, self._run_dir, self._base_env, self._on_fork_socket)
+        self._post(self._forks.start)
         self._thread = threading.Thread(target=self._run, name=f"agent-{node.node_id}", daemon=True)
         self._thread.start()
         if is_needed(spec, spec.max_nodes):
@@ -159,6 +163,7 @@ class NodeAgent:
             text = "".join(traceback.format_exception(error))
             self._on_event(NodeLost(self._node.node_id, f"a fault in the launcher's agent there:\n{text}", time.time()))
         finally:
+            self._forks.close()
             with self._commands_lock:
                 self._is_over = True
                 self._selector.close()
@@ -178,6 +183,20 @@ class NodeAgent:
                 self._start_cache()
             self._check_disk()
             self._look_at_progress()
+            self._look_after_forks()
+
+    def _on_fork_socket(self, channel: socket.socket, handler: Callable[[], None] | None) -> None:
+        if handler is None:
+            self._selector.unregister(channel)
+        else:
+            self._selector.register(channel, selectors.EVENT_READ, handler)
+
+    def _look_after_forks(self) -> None:
+        self._forks.check_deadlines()
+        if self._attempt is not None and self._forks.wants_modules:
+            found = self._attempt.find_modules_file()
+            if found is not None:
+                self._forks.learn(found)
 
     def _is_idle(self) -> bool:
         return self._attempt is None and self._cache is None and self._sweep_until_s == 0.0
@@ -190,8 +209,10 @@ class NodeAgent:
             deadlines_s.append(self._cache.deadline_s + 0.01)
         if self._cache_again_at_s is not None:
             deadlines_s.append(self._cache_again_at_s + 0.01)
-        if self._attempt is not None:  # the disk is looked at on the same occasion
+        if self._attempt is not None:  # the disk is looked at on the same occasion, and what ranks have imported
             deadlines_s.append(self._next_progress_s)
+        if self._forks.is_warming:
+            deadlines_s.append(time.monotonic() + _DISK_CHECK_S)
         return max(0.0, min(deadlines_s) - time.monotonic()) if deadlines_s else None
 
     def _look_at_progress(self) -> None:
@@ -230,11 +251,11 @@ class NodeAgent:
 
     def _read(self, process: GuardedProcess, handle: Callable[[Report], None]) -> None:
         for report in process.read():
-            if isinstance(report, Gone):
+            if isinstance(report, Gone | NeverBorn):
                 self._selector.unregister(process.socket)
                 process.close()
                 self._watched.discard(process)
-                if report.guardian_died:
+                if isinstance(report, Gone) and report.guardian_died:
                     self._sweep_until_s = time.monotonic() + _STRAY_SWEEP_S
             handle(report)
 
@@ -258,6 +279,7 @@ class NodeAgent:
                 self._on_event,
                 self._follower,
                 self._watch,
+                self._forks,
                 is_sweeping=lambda: self._sweep_until_s > 0.0,
                 when_over=self._attempt_is_over,
             )
@@ -275,6 +297,7 @@ class NodeAgent:
         """Nothing of it is alive. Its last output may take longer than the news: the terminal may be slow."""
         self._next_disk_check_s = 0.0
         self._check_disk()  # for an attempt that was shorter than the interval
+        self._look_after_forks()
         self._attempt = None
         self._ended.add(attempt)
         self._on_event(AttemptEnded(attempt, self._node.node_id))

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from launcher.gang.events import CacheFailed, CacheServing, Event
 from launcher.node.failure import last_lines
-from launcher.node.guarded import Exited, Gone, GuardedProcess, Report, StartFailed
+from launcher.node.guarded import Exited, Gone, Report, StartFailed, execute
 from launcher.spec import CacheOptions
 
 ANNOUNCE_TIMEOUT_S = 20.0
@@ -81,7 +81,7 @@ class CacheChild:
         os.set_blocking(self.announce_fd, False)
         try:
             argv, env = self._command(options, base_env)
-            self.guarded = GuardedProcess(argv, env, cwd, write_fd, self._log_fd)
+            self.guarded = execute(argv, env, cwd, write_fd, self._log_fd)
         except BaseException:
             os.close(self.announce_fd)
             raise

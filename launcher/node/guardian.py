@@ -13,6 +13,10 @@ How each death is handled:
   which is a subreaper too.
 
 It speaks JSON lines on FD. In: the job, then `{"stop": grace_s, "signum": n}`. Out: `started` or `failed`, then `exited`, then `gone`.
+
+The fork server (`forkserver.py`) has guardians too: forked ones, whose process is forked from them in turn instead of executing a
+program. Only the last step differs: the child leaves through `Become`, and the fork server's own main program goes on as what the
+job says.
 """
 
 from __future__ import annotations
@@ -44,6 +48,20 @@ LEFTOVER_GRACE_S = 1.0
 """Between SIGTERM and SIGKILL for what a process left behind. The promise is that nothing outlives its rank by more than 2 s."""
 RESCAN_S = 0.02
 """While killing: how soon to look again for descendants that were born meanwhile."""
+
+
+HANDLED = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+PROCESS_NAME = b"railhead-guard"
+"""Children of that name are nobody's stray (`strays.py`): a guardian whose agent is dead ends by itself."""
+
+
+class Become(BaseException):
+    """Raised in the child of a forked guardian: unwinds to the main program, which then is the job's process."""
+
+    def __init__(self, job: dict[str, Any]) -> None:
+        super().__init__()
+        self.job = job
 
 
 def prctl(option: int, value: int | bytes) -> None:
@@ -105,8 +123,12 @@ def signal_all(pids: list[int], signum: int) -> None:
 class Guardian:
     """One process from its start to the last of its descendants."""
 
-    def __init__(self, control_fd: int, agent_pid: int) -> None:
+    def __init__(self, control_fd: int, agent_pid: int, fds: list[int] | None = None) -> None:
+        """fds: where the process's descriptors are (standard output and error, and those to keep), if not where the job says."""
         self.control_fd = control_fd
+        self.fds = fds
+        self.choose: Any = None
+        """In the child, the last word: turns the job into one that executes a program after all."""
         self.agent_pid = agent_pid
         self.pid = 0
         self.is_alive = False
@@ -117,14 +139,14 @@ class Guardian:
             os.set_blocking(fd, False)
         signal.set_wakeup_fd(wake_write_fd, warn_on_full_buffer=False)
         # A handler, not SIG_IGN: handlers are reset by exec, so the process that we start is born with the dispositions it would have had.
-        for signum in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        for signum in HANDLED:
             if signal.getsignal(signum) is not signal.SIG_IGN or signum == signal.SIGCHLD:
                 signal.signal(signum, lambda *_: None)
 
     def run(self) -> None:
         """Returns when nothing is left."""
         prctl(PR_SET_CHILD_SUBREAPER, 1)
-        prctl(PR_SET_NAME, b"railhead-guard")
+        prctl(PR_SET_NAME, PROCESS_NAME)
         poller = select.poll()
         poller.register(self.control_fd, select.POLLIN)
         poller.register(self.wake_fd, select.POLLIN)
@@ -138,9 +160,13 @@ class Guardian:
             poller.register(agent_fd, select.POLLIN)
         if os.getppid() != self.agent_pid:
             return
+        if self.fds is not None:
+            self._tell({"event": "born", "pid": os.getpid()})
         job = self._first_message()
         if job is None:
             return
+        if self.fds is not None:
+            job["stdout_fd"], job["stderr_fd"], *job["keep_fds"] = self.fds
         self._start(job)
         while not self._reap():
             ready = {fd for fd, _ in poller.poll(self._poll_timeout_ms())}
@@ -206,11 +232,21 @@ class Guardian:
         self.pid = os.fork()
         if self.pid == 0:
             try:
-                _become(job, guardian_pid)
+                _settle(job, guardian_pid)
+                if self.choose is not None:
+                    job = self.choose(job)
+                if "argv" in job:
+                    _execute(job)
+                _restore_signals()
             except OSError as error:
                 os.write(error_write_fd, f"{error.errno} {error.strerror}".encode())
-            finally:
                 os._exit(127)
+            except BaseException:
+                os._exit(127)
+            for fd in open_fds():
+                if fd > 2 and fd not in job["keep_fds"]:
+                    os.close(fd)
+            raise Become(job)
         self.is_alive = True
         os.close(error_write_fd)
         for fd in {job["stdout_fd"], job["stderr_fd"], *job["keep_fds"]}:
@@ -245,8 +281,22 @@ class Guardian:
             self.kill_at = min(self.kill_at, time.monotonic() + LEFTOVER_GRACE_S)
 
 
-def _become(job: dict[str, Any], guardian_pid: int) -> None:
-    """In the forked child: turns into the job's program. Returns only by an OSError."""
+def open_fds() -> list[int]:
+    """Descriptors of this process."""
+    return [fd for fd in map(int, os.listdir("/proc/self/fd")) if _is_open(fd)]
+
+
+def _is_open(fd: int) -> bool:
+    """The listing's own descriptor is closed by now."""
+    try:
+        os.fstat(fd)
+    except OSError:
+        return False
+    return True
+
+
+def _settle(job: dict[str, Any], guardian_pid: int) -> None:
+    """In the forked child: session, signals, streams, directory. Raises OSError."""
     os.setsid()
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != guardian_pid:  # the guardian died before the kernel knew of our wish
@@ -257,8 +307,6 @@ def _become(job: dict[str, Any], guardian_pid: int) -> None:
         ):  # an unbound rank is slower; a job that does not start is worse
             bind(job["bind"]["cpus"], job["bind"]["memory_node"])
     signal.set_wakeup_fd(-1)
-    for signum in (signal.SIGPIPE, signal.SIGXFSZ):  # which Python ignores for itself
-        signal.signal(signum, signal.SIG_DFL)
     os.dup2(job["stdout_fd"], 1)
     os.dup2(job["stderr_fd"], 2)
     for fd in {job["stdout_fd"], job["stderr_fd"]} - set(job["keep_fds"]):
@@ -267,6 +315,19 @@ def _become(job: dict[str, Any], guardian_pid: int) -> None:
         os.chdir(job["cwd"])
     except OSError as error:
         raise OSError(error.errno or errno.ENOENT, f"working directory {job['cwd']}: {error.strerror}") from None
+
+
+def _restore_signals() -> None:
+    """Signals as an interpreter has them when it has just started."""
+    for signum in HANDLED:
+        if callable(signal.getsignal(signum)):  # else it was ignored when we were started, and stays so
+            signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
+
+
+def _execute(job: dict[str, Any]) -> None:
+    """Returns only by an OSError."""
+    for signum in (signal.SIGPIPE, signal.SIGXFSZ):  # which Python ignores for itself
+        signal.signal(signum, signal.SIG_DFL)
     try:
         os.execvpe(job["argv"][0], job["argv"], job["env"])
     except OSError as error:

@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from launcher.errors import NodeError
 from launcher.gang import rank_env
-from launcher.gang.events import AttemptPlan, Event, ExitStatus, NodeFailed, RankExited, RanksStarted, StoreOpened
+from launcher.gang.events import (
+    AttemptPlan,
+    Event,
+    ExitStatus,
+    NodeFailed,
+    RankExited,
+    RanksStarted,
+    StoreAddress,
+    StoreOpened,
+)
 from launcher.gang.observations import NodeProgress
-from launcher.gang.rank_env import RankPlaces
+from launcher.gang.rank_env import RankPlaces, Setting
 from launcher.gang.world import Member, NodeInfo
 from launcher.node import store
 from launcher.node.failure import last_lines, read_exception
 from launcher.node.follow import LogFollower, Source
-from launcher.node.guarded import Exited, Gone, GuardedProcess, Report, Started, StartFailed
+from launcher.node.forking import ForkServer, ForkServers
+from launcher.node.guarded import Exited, Gone, GuardedProcess, NeverBorn, Report, Started, StartFailed
 from launcher.node.pages import RankPage
-from launcher.node.rank_process import FreshInterpreter, RankFiles
+from launcher.node.rank_process import RankFiles, RankStarter
 from launcher.node.survey import Survey
 from launcher.spec import JobSpec, Stream
 
@@ -43,6 +55,7 @@ class NodeAttempt:
         on_event: Callable[[Event], None],
         follower: LogFollower,
         watch: Watch,
+        forks: ForkServers,
         is_sweeping: Callable[[], bool],
         when_over: Callable[[int], None],
     ) -> None:
@@ -54,12 +67,14 @@ class NodeAttempt:
         self._on_event = on_event
         self._follower = follower
         self._watch = watch
+        self._forks = forks
         self._is_sweeping = is_sweeping
         self._when_over = when_over
         self._directory = os.path.join(run_dir, f"attempt_{number}")
         self._store: GuardedProcess | None = None
         self._ranks: dict[int, GuardedProcess] = {}
         self._pages: dict[int, RankPage] = {}
+        self._files: dict[int, RankFiles] = {}
         self._num_to_start = 0
         self._pids: dict[int, int] = {}
         self._start_failures: dict[int, StartFailed] = {}
@@ -72,27 +87,20 @@ class NodeAttempt:
         if self._is_stopping:
             return
         log_path = os.path.join(self._directory, "store.log")
-        try:
+        with contextlib.suppress(OSError):
             os.makedirs(self._directory, exist_ok=True)
-            log_fd = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
-        except OSError:
-            log_fd = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
         try:
             listener, address = store.bind(self._node.addr, self._spec.master_port)
             with listener:
-                self._store = store.start_host(listener, address, self._base_env, log_fd)
+                self._host_store(listener.dup(), address, log_path, self._forks.current)
         except (NodeError, OSError) as error:
             self._fail(str(error))
             return
-        finally:
-            os.close(log_fd)
-        self._watch(self._store, partial(self._store_reports, log_path))
         self._on_event(StoreOpened(self.number, self._node.node_id, address))
 
     def start_ranks(self, plan: AttemptPlan, cache_socket: str | None, survey: Survey) -> None:
         if self._is_stopping:
             return
-        starter = FreshInterpreter(self._spec.program, self._spec.cwd)
         members = plan.world.members_of(self._node.node_id)
         advice = survey.advice(len(plan.world.nodes), len(members), os.path.join(self._directory, "nccl_trace_rank_"))
         self._num_to_start = len(members)
@@ -103,11 +111,8 @@ class NodeAttempt:
                 chosen = rank_env.settings(self._spec, plan, member, places, self._base_env, advice.environment)
                 self._make_room(files)
                 self._pages[member.rank] = RankPage(member.rank, files.directory)
-                files.write_environment(rank_env.account(chosen, self._base_env, advice.environment, member.local_rank))
-                binding = advice.binding_of(member.local_rank)
-                process = starter.start(member, rank_env.apply(chosen, self._base_env), files, binding)
-                self._ranks[member.rank] = process
-                self._watch(process, partial(self._rank_reports, member, files))
+                account = rank_env.account(chosen, self._base_env, advice.environment, member.local_rank)
+                self._start_rank(member, files, chosen, account, advice.binding_of(member.local_rank))
                 self._follow(member, files)
         except (NodeError, OSError) as error:
             self._fail(f"rank {member.rank} could not be started: {error}")
@@ -120,6 +125,24 @@ class NodeAttempt:
             if process.pid and process.status is None
         )
         return NodeProgress(self.number, self._node.node_id, time.time(), samples) if samples else None
+
+    def _start_rank(
+        self,
+        member: Member,
+        files: RankFiles,
+        chosen: Sequence[Setting],
+        account: Mapping[str, object],
+        bind: Mapping[str, object] | None,
+        afresh: str = "",
+    ) -> None:
+        starter = RankStarter(self._spec.program, self._spec.cwd, self._forks.current, self._forks.why_not)
+        env = rank_env.apply(chosen, self._base_env)
+        process, how = starter.start(member, env, files, bind, afresh=afresh, with_modules=self._forks.wants_modules)
+        files.write_environment({"started": how, **account})
+        again = partial(self._start_rank, member, files, chosen, account, bind)
+        self._ranks[member.rank] = process
+        self._files[member.rank] = files
+        self._watch(process, partial(self._rank_reports, member, files, again))
 
     def stop(self, grace_s: float, signum: int) -> None:
         self._is_stopping = True
@@ -155,8 +178,19 @@ class NodeAttempt:
                     Source(member.rank, member.local_rank, stream, path, needles, duplicate_path, prefix)
                 )
 
-    def _rank_reports(self, member: Member, files: RankFiles, report: Report) -> None:
+    def find_modules_file(self) -> str | None:
+        """Where a rank has written down what it imported, if one has."""
+        return next((files.modules_file for files in self._files.values() if os.path.exists(files.modules_file)), None)
+
+    def _rank_reports(self, member: Member, files: RankFiles, again: Callable[[str], None], report: Report) -> None:
         match report:
+            case NeverBorn():
+                try:
+                    again("the fork server died before it was forked")
+                except OSError as error:
+                    del self._ranks[member.rank]
+                    self._fail(f"rank {member.rank} could not be started: {error}")
+                    self._check_over()
             case Started(pid=pid):
                 self._pids[member.local_rank] = pid
                 if len(self._pids) == self._num_to_start:
@@ -201,14 +235,34 @@ class NodeAttempt:
 
     # --- the store and the end --------------------------------------------------------------------------------------------------------
 
-    def _store_reports(self, log_path: str, report: Report) -> None:
+    def _host_store(
+        self, listener: socket.socket, address: StoreAddress, log_path: str, server: ForkServer | None
+    ) -> None:
+        try:
+            log_fd = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        except OSError:
+            log_fd = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            self._store = store.start_host(listener, address, self._base_env, log_fd, server)
+        finally:
+            os.close(log_fd)
+        self._watch(self._store, partial(self._store_reports, listener, address, log_path))
+
+    def _store_reports(self, listener: socket.socket, address: StoreAddress, log_path: str, report: Report) -> None:
         match report:
+            case NeverBorn():
+                self._host_store(listener, address, log_path, None)
+            case Started():
+                listener.close()  # it has its own; ours was for the case that the fork server dies first
             case StartFailed(reason=reason):
+                listener.close()
                 self._fail(f"the gang's store could not be started: {reason}")
             case Exited(status=status) if not self._is_stopping:
+                listener.close()
                 words = last_lines(log_path, 3)
                 self._fail(f"the host of the gang's store ended with {status}" + (f": {words}" if words else ""))
             case Gone():
+                listener.close()
                 self._store = None
                 self._check_over()
 

@@ -10,6 +10,8 @@ An *observer* is a file of Python that is executed before the program, in a name
 is called then (in a rank, the argument is the rank's directory). What it needs of the program (steps, data loaders) it must hook without
 importing what the program might not want; a fault in it is one line on standard error, never the end of the training.
 
+A rank that was forked has this module loaded by its fork server (`forkserver.py`), which calls `run`.
+
 The record goes to TORCHELASTIC_ERROR_FILE in torch's format, unless the program has written one itself (torch's `@record`).
 """
 
@@ -28,6 +30,8 @@ import types
 from importlib.machinery import SourceFileLoader
 from typing import Any
 
+_ours = {__file__}
+"""Files whose frames are taken off the program's tracebacks."""
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -61,7 +65,7 @@ def _record(error: BaseException, error_file: str) -> None:
             return
         now = time.time()
         # `python -m` shows its frames in runpy on the terminal, so we do too; the record is about the program alone.
-        tb = _without(error.__traceback__, __file__, "<frozen runpy>")
+        tb = _without(error.__traceback__, *_ours, "<frozen runpy>")
         text = "".join(traceback.format_exception(type(error), error, tb))
         data = {
             "message": {
@@ -85,7 +89,7 @@ def _hide_us_from_the_hook() -> None:
     hook = sys.excepthook
 
     def excepthook(kind: Any, error: BaseException, tb: types.TracebackType | None) -> None:
-        tb = _without(tb, __file__)
+        tb = _without(tb, *_ours)
         hook(kind, error.with_traceback(tb), tb)
 
     sys.excepthook = excepthook
@@ -150,18 +154,28 @@ def _begin_observer(path: str, argument: str) -> None:
         print(f"launcher: this rank runs unobserved: {type(error).__name__}: {error}", file=sys.stderr)
 
 
-def _main() -> None:
-    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE", "")
-    words = sys.argv[1:]
-    observer = words[1:3] if words[0] == "--observer" else []
-    kind, target, *args = words[3:] if observer else words
+def guard_streams() -> None:
+    """Standard output and error that forgive a full disk."""
     for name, fd in (("stdout", 1), ("stderr", 2)):
         stream = _guard_stream(getattr(sys, name), fd)
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
-    if observer:
-        _begin_observer(*observer)
+
+
+def run(
+    kind: str, target: str, args: list[str], observer: list[str], *, modules_file: str = "", caller: str = ""
+) -> None:
+    """Runs the program to its end; what ends it passes through. To be called where an exception reaches the interpreter's own top level.
+
+    modules_file: where the names of imported modules go when the program ends or has made its first step. caller: the file that calls.
+    """
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE", "")
+    _ours.add(caller)
     try:
+        if observer:
+            _begin_observer(*observer)
+        if modules_file:
+            _report_modules_after_a_step(modules_file)
         (_run_module if kind == "module" else _run_script)(target, args)
     except SystemExit:
         raise
@@ -169,6 +183,44 @@ def _main() -> None:
         _record(error, error_file)
         _hide_us_from_the_hook()
         raise
+    finally:
+        if modules_file:
+            _report_modules(modules_file)
+
+
+def _report_modules(path: str) -> None:
+    """Best effort; once."""
+    with contextlib.suppress(Exception):
+        if os.path.exists(path):
+            return
+        found = [
+            [name, getattr(getattr(module, "__spec__", None), "origin", None)]
+            for name, module in list(sys.modules.items())
+        ]
+        with open(f"{path}.{os.getpid()}", "w") as file:
+            json.dump([[name, origin] for name, origin in found if isinstance(origin, str)], file)
+        os.replace(f"{path}.{os.getpid()}", path)
+
+
+def _report_modules_after_a_step(path: str) -> None:
+    """A rank that is killed cannot report at its end. By its first step a training has imported what it needs, lazy parts too."""
+    optimizer = sys.modules.get("torch.optim.optimizer")
+    if optimizer is None:
+        return  # the program imports torch itself; how it ends will tell
+
+    def report(*_: Any) -> None:
+        handle.remove()
+        _report_modules(path)
+
+    handle = optimizer.register_optimizer_step_post_hook(report)
+
+
+def _main() -> None:
+    words = sys.argv[1:]
+    observer = words[1:3] if words[0] == "--observer" else []
+    kind, target, *args = words[3:] if observer else words
+    guard_streams()
+    run(kind, target, args, observer)
 
 
 if __name__ == "__main__":

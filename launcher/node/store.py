@@ -10,7 +10,8 @@ from pathlib import Path
 
 from launcher.errors import NodeError
 from launcher.gang.events import StoreAddress
-from launcher.node.guarded import GuardedProcess
+from launcher.node.forking import ForkServer
+from launcher.node.guarded import GuardedProcess, execute
 
 _HOST_PROGRAM = str(Path(__file__).with_name("store_host.py"))
 _BACKLOG = 4096
@@ -40,11 +41,27 @@ def bind(host: str, port: int | None) -> tuple[socket.socket, StoreAddress]:
 
 
 def start_host(
-    listener: socket.socket, address: StoreAddress, base_env: Mapping[str, str], log_fd: int
+    listener: socket.socket,
+    address: StoreAddress,
+    base_env: Mapping[str, str],
+    log_fd: int,
+    server: ForkServer | None = None,
 ) -> GuardedProcess:
-    """Starts the process that serves it. The caller closes its own `listener` then. Raises OSError."""
+    """Starts the process that serves it; `server`, if it has torch, saves the import. The caller closes its own `listener` then.
+    Raises OSError."""
     fd = listener.fileno()
     # It needs torch's store and nothing else: no GPU, no thread pool, no site customisation of a rank.
     env = {**base_env, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    if server is not None and server.has_torch:
+        afresh = [sys.executable, "-P", _HOST_PROGRAM, "FD", address.host, str(address.port)]
+        job = {
+            "kind": "store",
+            "host": address.host,
+            "port": address.port,
+            "title": " ".join(afresh),
+            "argv_afresh": afresh,
+            "note_file": os.devnull,
+        }
+        return server.fork(job, env, os.sep, log_fd, log_fd, keep_fds=(fd,))
     argv = [sys.executable, "-P", _HOST_PROGRAM, str(fd), address.host, str(address.port)]
-    return GuardedProcess(argv, env, os.sep, log_fd, log_fd, keep_fds=(fd,))
+    return execute(argv, env, os.sep, log_fd, log_fd, keep_fds=(fd,))

@@ -11,7 +11,7 @@ import os
 import signal
 import threading
 
-from launcher.node.guardian import PR_SET_CHILD_SUBREAPER, descendants_of, parents, prctl
+from launcher.node.guardian import PR_SET_CHILD_SUBREAPER, PROCESS_NAME, descendants_of, parents, prctl
 
 _lock = threading.Lock()
 _ours: set[int] = set()
@@ -43,7 +43,7 @@ def is_no_longer_ours(pid: int) -> None:
 def kill() -> bool:
     """Kills every stray with all its descendants and collects the dead. True when none was found: call it until then."""
     with _lock:
-        found = [pid for pid in _children() if pid not in _ours]
+        found = [pid for pid in _children() if pid not in _ours and not _is_guardian(pid)]
         for pid in found:
             for victim in (pid, *descendants_of(pid)):
                 with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -56,3 +56,10 @@ def kill() -> bool:
 def _children() -> list[int]:
     me = os.getpid()
     return [pid for pid, parent in parents().items() if parent == me]
+
+
+def _is_guardian(pid: int) -> bool:
+    """The fork server's guardians fall to us a moment before they tell their numbers; and a guardian without an agent ends by itself."""
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/comm", "rb") as file:
+        return file.read().strip() == PROCESS_NAME
+    return False

@@ -69,6 +69,7 @@ def understand(line: CommandLine, environ: Mapping[str, str], cwd: str, fresh_id
         cache=_read_cache(line),
         cwd=cwd,
         env=carried_environment(environ, asked) if address is not None else {},
+        start_method=read(line, "start-method", values.parse_start_method, JobSpec.start_method),
         role=line.text("role") or "default",
         run_id=line.text("rdzv-id") or fresh_id,
         local_addr=(line.text("local-addr") or line.text("master-addr")) if address is None else None,

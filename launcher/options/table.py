@@ -67,6 +67,13 @@ OPTIONS: tuple[Option, ...] = (
     Option("module", RUN, "TARGET is a Python module, started as `python -m` would.", short="m"),
     Option("no-python", RUN, "TARGET is a program of any kind, executed as it is."),
     Option("run-path", RUN, "Run TARGET by runpy.run_path. Scripts are run that way anyhow."),
+    Option(
+        "start-method",
+        RUN,
+        "spawn: each rank is a fresh interpreter. forkserver (or fork): Python ranks are forked from a process that has "
+        "imported torch, once for the node; what differs is in docs/launcher.md. [forkserver]",
+        "spawn|fork|forkserver",
+    ),
     Option("nnodes", SIZE, "Nodes, exactly N or between MIN and MAX. [1]", "N|MIN:MAX"),
     Option(
         "nproc-per-node",
@@ -172,14 +179,6 @@ OPTIONS: tuple[Option, ...] = (
     Option("rdzv-conf", TORCHRUN, "", "KEY=VALUE,…", note=_RAY_MEETS),
     Option("node-rank", TORCHRUN, "", "N", note="one command starts all nodes here, and numbers them itself"),
     Option("monitor-interval", TORCHRUN, "", "SECONDS", note="the end of a rank is noticed at once, without polling"),
-    Option(
-        "start-method",
-        TORCHRUN,
-        "",
-        "spawn|fork|forkserver",
-        note="each rank is a fresh interpreter",
-        silent_value="spawn",
-    ),
     Option("print-completion", TORCHRUN, "", "SHELL", from_env=False, note="there is no completion script"),
     Option("event-log-handler", TORCHRUN, "", "NAME", note="events are in journal.jsonl of the run directory"),
     Option(

@@ -6,7 +6,7 @@ import math
 import re
 import signal
 
-from launcher.spec import BINDINGS, Stream, StreamChoice
+from launcher.spec import BINDINGS, StartMethod, Stream, StreamChoice
 
 PROCS_WISHES = ("auto", "gpu", "cpu")
 
@@ -157,6 +157,17 @@ def parse_numa_binding(text: str) -> str:
     if text not in known:
         raise ValueError(" or ".join(known))
     return text
+
+
+def parse_start_method(text: str) -> StartMethod:
+    """torchrun's three words. Nothing is ever forked from the launcher itself, so `fork` means the fork server too.
+
+    >>> parse_start_method("fork").name
+    'FORK_SERVER'
+    """
+    if text not in ("spawn", "fork", "forkserver"):
+        raise ValueError("spawn, fork or forkserver")
+    return StartMethod.SPAWN if text == "spawn" else StartMethod.FORK_SERVER
 
 
 def parse_signals(text: str) -> tuple[str, ...]:

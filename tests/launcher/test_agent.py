@@ -48,7 +48,7 @@ def test_a_fault_in_the_agent_loses_the_node_and_leaves_nobody_alive(
     """A loop that died in silence would let the job hang for ever."""
     world = house.begin("wait")
     house.start(world)
-    guardians = [Process.of(pid) for pid in children_of(os.getpid()) if "guardian.py" in _command(pid)]
+    guardians = [Process.of(pid) for pid in children_of(os.getpid()) if _name(pid) == "railhead-guard"]
     ranks = [Process.of(child) for guardian in guardians for child in children_of(guardian.pid)]
     assert len(ranks) == 3, "two ranks and the store's host"
     monkeypatch.setattr(NodeAttempt, "stop", lambda self, grace_s, signum: 1 // 0)
@@ -126,8 +126,8 @@ def test_a_full_disk_is_noticed_while_ranks_run(house: House, monkeypatch: pytes
     assert "is full" in notices[0].text
 
 
-def _command(pid: int) -> str:
-    return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+def _name(pid: int) -> str:
+    return Path(f"/proc/{pid}/comm").read_text().strip()
 
 
 def test_a_machine_whose_agent_was_lost_gets_a_new_one(house: House, monkeypatch: pytest.MonkeyPatch) -> None:

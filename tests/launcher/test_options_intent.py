@@ -164,7 +164,18 @@ def test_flags_without_effect_get_one_line_for_each_reason() -> None:
 
 def test_asking_for_what_happens_anyway_needs_no_note() -> None:
     assert meant("--start-method spawn --standalone --max-restarts 0 t.py").notes == ()
-    assert meant("--start-method fork t.py").notes != ()
+    assert meant("--start-method fork t.py").notes == ()
+
+
+def test_torchruns_three_start_methods_are_two_here() -> None:
+    """Nothing is forked from the launcher itself, so fork is the fork server too."""
+    methods = {
+        word: meant(f"--start-method {word} t.py").spec.start_method.value for word in ("spawn", "fork", "forkserver")
+    }
+    assert methods == {"spawn": "spawn", "fork": "forkserver", "forkserver": "forkserver"}
+    assert meant("t.py").spec.start_method.value == "forkserver"
+    with pytest.raises(SpecError, match="spawn, fork or forkserver"):
+        meant("--start-method exec t.py")
 
 
 def test_a_range_from_one_node_runs_on_this_machine_and_says_so() -> None:

@@ -48,7 +48,7 @@ def files(num_ranks: int = 2) -> list[str]:
     return [f"pid.{rank}.{kind}" for rank in range(num_ranks) for kind in KINDS]
 
 
-@pytest.mark.parametrize("victim", ["launcher", "guardian", "rank", "store", "daemon of a rank"])
+@pytest.mark.parametrize("victim", ["launcher", "guardian", "rank", "store", "daemon of a rank", "fork server"])
 def test_sigkill_of_anyone_leaves_nobody_alive(tmp_path: Path, victim: str) -> None:
     with launch(tmp_path, WAIT, "--nproc-per-node", "2", "--shutdown-timeout", "1") as launched:
         launched.wait_for_file(*files())
@@ -62,15 +62,24 @@ def test_sigkill_of_anyone_leaves_nobody_alive(tmp_path: Path, victim: str) -> N
             "rank": rank,
             "store": store,
             "daemon of a rank": tree[1, "daemon"].pid,
+            "fork server": next(p.pid for p in everyone if _name(p.pid) == "railhead-forks"),
         }[victim]
         os.kill(target, signal.SIGKILL)
-        if victim == "daemon of a rank":  # harms nobody: the rank may not even need it
+        if victim in ("daemon of a rank", "fork server"):  # harms nobody: the rank may not even need it
+            wait_until(lambda: not any(p.pid == target and p.is_alive() for p in everyone), "it to be dead")
             assert tree[1, "rank"].is_alive()
             assert launched.process.poll() is None
             launched.process.send_signal(signal.SIGTERM)
         wait_until(lambda: not any(p.is_alive() for p in everyone), f"everybody to be gone: {everyone}")
         code, _, err = launched.finish()
-        expected = {"launcher": -9, "guardian": 137, "rank": 137, "store": 75, "daemon of a rank": 143}
+        expected = {
+            "launcher": -9,
+            "guardian": 137,
+            "rank": 137,
+            "store": 75,
+            "daemon of a rank": 143,
+            "fork server": 143,
+        }
         assert code == expected[victim], err
 
 
@@ -120,6 +129,13 @@ print([link for link in links if "railhead-progress" not in link], file=open("fd
 
 def _parent(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def _name(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except OSError:
+        return ""
 
 
 def _command(pid: int) -> str:

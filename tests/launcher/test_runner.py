@@ -1,4 +1,5 @@
-"""A program under the runner sees what it would see under the plain interpreter: the same script is run both ways and compared."""
+"""A program under the runner, executed or forked, sees what it would see under the plain interpreter: each script is run both ways
+and compared."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from launcher.node import runner
+from tests.launcher.forked import fork_and_wait
 
 RUNNER = str(Path(runner.__file__))
 
@@ -21,8 +23,9 @@ RUNNER = str(Path(runner.__file__))
 class Both:
     """Runs a target plainly and under the runner, in the same directory, and compares what can be seen from outside."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, way: str) -> None:
         self.directory = directory
+        self.way = way
         self.error_file = directory / "error.json"
 
     def write(self, name: str, text: str) -> str:
@@ -37,6 +40,10 @@ class Both:
     def under_runner(self, kind: str, *argv: str, **env: str) -> subprocess.CompletedProcess[str]:
         self.error_file.unlink(missing_ok=True)
         env = {"TORCHELASTIC_ERROR_FILE": str(self.error_file), **env}
+        if self.way == "forked":
+            observer = list(argv[:2]) if kind == "--observer" else []
+            kind, *argv = argv[2:] if observer else [kind, *argv]
+            return fork_and_wait(self.directory, self._environment(env), kind, *argv, observer=observer)
         return self._run([sys.executable, "-u", RUNNER, kind, *argv], env)
 
     def same(self, *argv: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -54,11 +61,18 @@ class Both:
         return message
 
     def _run(self, argv: list[str], env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+        with open(self.directory / "out", "w+") as out, open(self.directory / "err", "w+") as err:
+            code = subprocess.run(
+                argv, cwd=self.directory, env=self._environment(env), stdout=out, stderr=err, timeout=60, check=False
+            ).returncode
+            out.seek(0)
+            err.seek(0)
+            return subprocess.CompletedProcess(argv, code, out.read(), err.read())
+
+    @staticmethod
+    def _environment(env: dict[str, str]) -> dict[str, str]:
         # The plain run must not find a name in the environment that the runner's has not.
-        env = {"TORCHELASTIC_ERROR_FILE": "", **{k: v for k, v in os.environ.items() if k != "PYTHONPATH"}, **env}
-        return subprocess.run(
-            argv, cwd=self.directory, env=env, capture_output=True, text=True, timeout=60, check=False
-        )
+        return {"TORCHELASTIC_ERROR_FILE": "", **{k: v for k, v in os.environ.items() if k != "PYTHONPATH"}, **env}
 
 
 def _but_for_depth(text: str) -> str:
@@ -68,9 +82,9 @@ def _but_for_depth(text: str) -> str:
     return re.sub(r'  File "[^"]*runner\.py", line \d+, in excepthook\n    .*\n', "", text)
 
 
-@pytest.fixture
-def both(tmp_path: Path) -> Both:
-    return Both(tmp_path)
+@pytest.fixture(params=["executed", "forked"])
+def both(tmp_path: Path, request: pytest.FixtureRequest) -> Both:
+    return Both(tmp_path, request.param)
 
 
 SEE_EVERYTHING = """
