@@ -1,6 +1,7 @@
 """Daemons and workers are killed at random moments, round after round, while readers compare every byte.
 
 RAILHEAD_FAULT_ROUNDS sets the number of rounds (default 3; run some hundred before a release), RAILHEAD_FAULT_SEED the first seed.
+Every other fault beside it, and for longer: tests/e2e/cache_soak.py, of which a short run is here.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from cache.blocks import FETCH_BYTES
 from cache.client import Cache
 from tests.counting_origin import CountingOrigin, random_bytes
 from tests.daemon import CacheDaemon, wait_until
+from tests.e2e.cache_soak import soaked
 
 NUM_ROUNDS = int(os.environ.get("RAILHEAD_FAULT_ROUNDS", "3"))
 FIRST_SEED = int(os.environ.get("RAILHEAD_FAULT_SEED", "0"))
@@ -111,3 +113,11 @@ def _assert_books_balance(daemon: CacheDaemon, urls: list[str]) -> None:
             assert obj.read(0, obj.size) == random_bytes(OBJECT_BYTES, SEED_STRIDE + idx)
             assert obj.verify() is not False
     cache.close()
+
+
+@pytest.mark.e2e
+@pytest.mark.timeout(300 + 10 * NUM_ROUNDS)
+def test_no_byte_is_wrong_and_no_sample_lost_whatever_is_broken_besides() -> None:
+    """Kills, damaged files, a full disk, an origin that fails and goes away, an object that is overwritten: a few of each."""
+    with soaked(FIRST_SEED, kills=3 * NUM_ROUNDS) as soak:
+        assert soak.counts["samples audited"] > 0 and soak.counts["reads audited"] > 0
