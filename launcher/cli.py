@@ -19,6 +19,8 @@ from launcher.spec import Program, ProgramKind
 
 if TYPE_CHECKING:
     from launcher.cluster.ports import Cluster
+    from launcher.cluster.preflighted import Measurable
+    from launcher.fabric.doctor import Nodes
     from launcher.options.intent import Intent
     from launcher.spec import JobSpec
 
@@ -55,7 +57,7 @@ def _run(argv: list[str]) -> int:
     if argv and argv[0] == "doctor":
         from launcher.fabric.doctor import main as doctor
 
-        return doctor(argv[1:])
+        return doctor(argv[1:], connect=_nodes_of_cluster)
     from launcher.options.intent import understand
     from launcher.options.parse import parse
 
@@ -77,10 +79,24 @@ def _run(argv: list[str]) -> int:
     spec, cluster = _place(intent)
     from launcher import controller
 
-    return controller.run(spec, cluster)
+    return controller.run(spec, _measured_first(cluster, intent.address) if spec.preflight else cluster)
 
 
-def _place(intent: Intent) -> tuple[JobSpec, Cluster]:
+def _measured_first(cluster: Measurable, address: str | None) -> Cluster:
+    from launcher.cluster.preflighted import Preflighted
+    from launcher.exclusion_file import NOWHERE, ExclusionFile, default_path
+
+    # On one machine there is nobody to leave out, so nothing to remember.
+    return Preflighted(cluster, ExclusionFile(NOWHERE if address is None else default_path(os.environ)))
+
+
+def _nodes_of_cluster(address: str) -> Nodes:
+    from launcher.cluster.ray.probes import ClusterDoctor
+
+    return ClusterDoctor(address)
+
+
+def _place(intent: Intent) -> tuple[JobSpec, Measurable]:
     """The cluster, and the job with its number of ranks per node, which the machine or the cluster knows."""
     if intent.address is None:
         from launcher.cluster.local import LocalCluster

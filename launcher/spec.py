@@ -206,6 +206,8 @@ class JobSpec:
     bind: str = "auto"
     """What ranks are bound to (`--bind`), one of BINDINGS. `auto`: to the CPUs and the memory beside their GPU, where a node has several
     memory nodes and every rank a GPU of its own. `numa`: also without GPUs, spread over the memory nodes. `none`: nothing."""
+    preflight: bool = False
+    """Measure the nodes and the network between them before the first attempt, and leave out who is slow (`--preflight`)."""
     shutdown_timeout_s: float = DEFAULT_SHUTDOWN_TIMEOUT_S
     """Between the signal to the ranks and SIGKILL (torchrun's default)."""
     place_timeout_s: float = DEFAULT_PLACE_TIMEOUT_S

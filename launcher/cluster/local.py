@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from launcher.cluster.ports import EventSink, NodeHandle
 from launcher.errors import RequestRefused
@@ -12,6 +13,9 @@ from launcher.gang.events import NodesReady
 from launcher.gang.world import NodeInfo
 from launcher.node.agent import NodeAgent
 from launcher.spec import JobSpec
+
+if TYPE_CHECKING:
+    from launcher.fabric.serve import ProcessPeer
 
 _LOOPBACK = "127.0.0.1"
 
@@ -59,6 +63,13 @@ class LocalCluster:
 
     def node(self, node_id: str) -> NodeHandle:
         return self._agents[node_id]
+
+    def open_peers(self, nodes: Sequence[NodeInfo]) -> list[ProcessPeer]:
+        """Who measures from each of these nodes (launcher.fabric)."""
+        from launcher.fabric.serve import ProcessPeer, command_of
+
+        env = {**self._base_env, **self._spec.env}
+        return [ProcessPeer(command_of(node.addr), env) for node in nodes]
 
     def close(self) -> None:
         for agent in self._agents.values():

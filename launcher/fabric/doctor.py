@@ -1,7 +1,7 @@
 """`python -m launcher doctor`: looks at this machine, at the nodes of a Ray cluster, or at recorded facts, and says what it sees.
 
-A thin shell: it reads facts, asks the rules and the checks, prints a page. How the facts of a Ray cluster are gathered is
-given by the caller (`gather`), because this room does not know Ray.
+A thin shell: it reads facts, asks the rules and the checks, prints a page. How the nodes of a Ray cluster are reached is
+given by the caller (`connect`), because this room does not know Ray.
 """
 
 from __future__ import annotations
@@ -12,18 +12,20 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, Protocol
 
+from launcher.fabric.conduct import Peer, Wishes, conduct
 from launcher.fabric.decision import UserEnv
 from launcher.fabric.facts import FactsError, NodeFacts
-from launcher.fabric.findings import Finding, Severity, findings, worst
+from launcher.fabric.findings import Finding, Severity, findings, share_a_machine, worst
 from launcher.fabric.interfaces import choose_interface
 from launcher.fabric.order import order_nodes, place_of
 from launcher.fabric.page import Examination, as_json, explain_page, text_page
 from launcher.fabric.peer import LocalPeer
 from launcher.fabric.probe import probe
-from launcher.fabric.recorded import load, save
-from launcher.fabric.rules import GangRequest, environment
+from launcher.fabric.recorded import load, names_of, save
+from launcher.fabric.rules import GangRequest, NodeEnvironment, environment
+from launcher.fabric.verdict import summary
 
 EXIT_USAGE = 64
 """sysexits.h EX_USAGE: the command line is wrong. 0, 1 and 2 are taken by the severity of what was found."""
@@ -41,38 +43,57 @@ examples:
   python -m launcher doctor --facts facts/           look at them together
 """
 
-Gather = Callable[[str], Sequence[NodeFacts]]
-"""From the address of a Ray cluster to the facts of its nodes."""
 
-Measure = Callable[[str], Sequence[Finding]]
-"""From the address of a Ray cluster to what a preflight over its nodes found."""
+class Nodes(Protocol):
+    """The nodes of a cluster, however they are reached."""
+
+    def look(self) -> tuple[Sequence[NodeFacts], Sequence[Finding]]:
+        """The facts of all that gave some, and a finding for each that did not."""
+        ...
+
+    def peers(self) -> Sequence[Peer]:
+        """Who measures from each node of `look`, in that order."""
+        ...
+
+    def close(self) -> None: ...
+
+
+Connect = Callable[[str], Nodes]
+"""From the address of a cluster to its nodes."""
 
 
 def main(
     argv: Sequence[str],
     *,
-    gather: Gather | None = None,
-    measure: Measure | None = None,
+    connect: Connect | None = None,
     env: Mapping[str, str] | None = None,
     root: str | Path = "/",
 ) -> int:
     """Runs the doctor; the result is the exit code.
 
-    `gather` is what `--address` uses, `measure` what `--address` with `--probe` uses; `env` defaults to this process's.
+    `connect` is what `--address` uses; `env` defaults to this process's.
     """
     user_env = os.environ if env is None else env
-    options = _parser(gather is not None).parse_args(list(argv))
+    options = _parser(connect is not None).parse_args(list(argv))
+    cluster: Nodes | None = None
     try:
-        nodes, extra, remark = _look(options, gather, root)
+        if options.address is not None:
+            assert connect is not None
+            cluster = connect(options.address)
+        nodes, extra, remark = _look(options, cluster, root)
+        if options.save is not None:
+            return _save(nodes, Path(options.save))
+        request = _request(options, len(nodes))
+        if options.probe:
+            measured, said = _measure(options, nodes, cluster, environment(nodes, request, user_env))
+            extra, remark = (*extra, *measured), f"{remark} {said}"
     except FactsError as error:
         print(f"doctor: {error}", file=sys.stderr)
         return EXIT_NO_FACTS
-    if options.save is not None:
-        return _save(nodes, Path(options.save))
-    if options.probe:
-        measured, said = _measure(options, nodes, measure)
-        extra, remark = (*extra, *measured), f"{remark} {said}"
-    examination = examine(nodes, _request(options, len(nodes)), user_env, extra=extra, remark=remark)
+    finally:
+        if cluster is not None:
+            cluster.close()
+    examination = examine(nodes, request, user_env, extra=extra, remark=remark)
     if options.explain is not None:
         print(explain_page(examination, options.explain), end="")
         return 0
@@ -104,7 +125,7 @@ def examine(
 
 
 def _look(
-    options: argparse.Namespace, gather: Gather | None, root: str | Path
+    options: argparse.Namespace, cluster: Nodes | None, root: str | Path
 ) -> tuple[tuple[NodeFacts, ...], tuple[Finding, ...], str]:
     if options.facts is not None:
         recorded = load(Path(options.facts))
@@ -113,25 +134,44 @@ def _look(
             recorded.findings,
             f"Recorded facts from {options.facts}; your variables are this shell's.",
         )
-    if options.address is not None:
-        assert gather is not None
-        nodes = tuple(gather(options.address))
+    if cluster is not None:
+        nodes, silent = cluster.look()
         if not nodes:
-            raise FactsError(f"the Ray cluster at {options.address} has no live node.\nCheck it with: ray status")
-        return nodes, (), f"The nodes of the Ray cluster at {options.address}."
+            why = f"\n{silent[0].evidence}" if silent else ""
+            raise FactsError(
+                f"no node of the Ray cluster at {options.address} says anything of itself.{why}\nCheck it with: ray status"
+            )
+        return (
+            tuple(nodes),
+            tuple(silent),
+            f"The nodes of the Ray cluster at {options.address}; your variables are this shell's.",
+        )
     alone = "This machine, as a node of a larger gang." if options.nnodes is None else "This machine."
     return (probe(root, node_ip=options.node_ip),), (), alone
 
 
 def _measure(
-    options: argparse.Namespace, nodes: Sequence[NodeFacts], measure: Measure | None
+    options: argparse.Namespace,
+    nodes: Sequence[NodeFacts],
+    cluster: Nodes | None,
+    environments: Sequence[NodeEnvironment],
 ) -> tuple[tuple[Finding, ...], str]:
     """What `--probe` finds, and a sentence about it."""
-    if options.address is not None and measure is not None:
-        return tuple(measure(options.address)), "The network between the nodes was measured."
-    if options.address is not None or options.facts is not None:
+    if options.facts is not None:
         return (), "Nothing was measured: --probe needs the nodes themselves."
-    return _measure_here(nodes[0])
+    if cluster is None:
+        return _measure_here(nodes[0])
+    is_one_machine = share_a_machine(nodes)
+    wishes = Wishes(
+        # Nodes that share processors and a name would only measure each other.
+        compute=not is_one_machine,
+        names=not is_one_machine,
+        reduce=True,
+        environments=[node.variables() for node in environments],
+        transports=[node.hcas.transport for node in environments],
+    )
+    report = conduct(cluster.peers(), names_of(nodes), wishes)
+    return report.findings, summary(report)
 
 
 def _measure_here(facts: NodeFacts) -> tuple[tuple[Finding, ...], str]:
@@ -152,12 +192,14 @@ def _measure_here(facts: NodeFacts) -> tuple[tuple[Finding, ...], str]:
     try:
         (outcome,) = peer.connect([peer.endpoint()])
         seconds = peer.compute()
+        report = conduct([peer], [facts.hostname], Wishes(reduce=True)) if facts.gpus else None
     finally:
         peer.close()
+    found = report.findings if report is not None else ()
     speeds = ", ".join(f"{what} {value * 1000:.1f} ms" for what, value in seconds.items())
-    said = f"Probed {address}: {speeds}."
+    said = f"Probed {address}: {speeds}." + (f" {summary(report)}" if report is not None else "")
     if outcome.is_ok:
-        return (), f"{said} Its ephemeral ports accept connections."
+        return found, f"{said} Its ephemeral ports accept connections."
     finding = Finding(
         "unreachable",
         Severity.ERROR,
@@ -166,7 +208,7 @@ def _measure_here(facts: NodeFacts) -> tuple[tuple[Finding, ...], str]:
         "ranks on this node cannot be connected to",
         "let the firewall pass the ports of net.ipv4.ip_local_port_range",
     )
-    return (finding,), said
+    return (finding, *found), said
 
 
 def _save(nodes: Sequence[NodeFacts], folder: Path) -> int:

@@ -65,8 +65,7 @@ def findings(
     """
     envs = of_each_node(user_env or {}, len(nodes))
     wanted = request or GangRequest()
-    boots = {facts.platform.boot_id for facts in nodes}
-    is_one_machine = len(nodes) > 1 and len(boots) == 1 and None not in boots
+    is_one_machine = share_a_machine(nodes)
     views = [
         View(facts, node_env, env, (wanted.num_nodes or len(nodes)) > 1, is_one_machine)
         for facts, node_env, env in zip(nodes, environment(nodes, wanted, envs), envs, strict=True)
@@ -76,6 +75,12 @@ def findings(
     if len(views) > 1:
         found += [finding for check in gang_checks for finding in check(views)]
     return sorted(merged(found), key=lambda finding: (-finding.severity, finding.id))
+
+
+def share_a_machine(nodes: Sequence[NodeFacts]) -> bool:
+    """Whether all these nodes are one machine: several raylets on a laptop, or pods of one host."""
+    boots = {facts.platform.boot_id for facts in nodes}
+    return len(nodes) > 1 and len(boots) == 1 and None not in boots
 
 
 def merged(found: Sequence[Finding]) -> list[Finding]:

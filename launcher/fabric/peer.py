@@ -1,8 +1,7 @@
 """One node's part of the preflight: it listens where training will listen, and measures towards the other nodes.
 
-A thin shell over sockets. `LocalPeer` does the work in this process (a Ray actor may hold one); `python -m
-launcher.fabric.peer` wraps one in a process that is driven by JSON lines on standard input. The listener takes ephemeral
-ports on the node's own address, answers only who knows its token, and ends with the peer.
+A thin shell over sockets. `LocalPeer` does the work in this process; `serve.py` wraps one in a process that is driven by JSON lines. The
+listener takes ephemeral ports on the node's own address, answers only who knows its token, and ends with the peer.
 """
 
 from __future__ import annotations
@@ -11,14 +10,14 @@ import json
 import secrets
 import socket
 import struct
-import sys
 import threading
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from launcher.fabric.compute import cpu_seconds
+from launcher.fabric.workers import Ready, Reduced, Seat, Workers
 
 TIMEOUT_S = 2.0
 """For a connection within a data centre, twenty times what a lost SYN costs on a healthy path."""
@@ -101,6 +100,7 @@ class LocalPeer:
         self._udp.settimeout(0.2)
         self._tcp.settimeout(0.2)
         self._is_closing = threading.Event()
+        self._workers: Workers | None = None
         self._threads = [
             threading.Thread(target=self._serve_tcp, name="preflight-tcp", daemon=True),
             threading.Thread(target=self._serve_udp, name="preflight-udp", daemon=True),
@@ -141,12 +141,39 @@ class LocalPeer:
         """Seconds for a matrix product and a memory copy on this node's processor."""
         return cpu_seconds()
 
+    def prepare(self, env: Mapping[str, str]) -> None:
+        """Starts the processes that take part in collectives, with `env` over this process's environment; does not wait for them."""
+        if self._workers is None:
+            self._workers = Workers(env)
+
+    def ready(self, timeout_s: float) -> Ready:
+        """Waits until they have loaded torch."""
+        return self._workers.ready(timeout_s) if self._workers is not None else Ready(problem="nothing was prepared")
+
+    def store(self) -> int:
+        """Hosts the store of the next group at this node's address; its port, 0 if that failed."""
+        return self._workers.store(self._address) if self._workers is not None else 0
+
+    def reduce(self, seat: Seat) -> Reduced:
+        """Takes part in an all-reduce."""
+        return self._workers.reduce(seat) if self._workers is not None else Reduced(problem="nothing was prepared")
+
+    def gpu_compute(self) -> list[dict[str, float]]:
+        """For each GPU, seconds for a matrix product and a copy; without what failed."""
+        return self._workers.gpu_compute() if self._workers is not None else []
+
+    def nccl_log(self) -> list[str]:
+        """What NCCL has logged of how it is connected."""
+        return self._workers.nccl_log() if self._workers is not None else []
+
     def lookup(self, names: Sequence[tuple[str, str]], timeout_s: float = LOOKUP_S) -> list[str]:
         """For each (host name, address): what is wrong with looking it up from here, both ways; "" if nothing is."""
         return _at_once([(_lookup_one, (name, address, timeout_s)) for name, address in names])
 
     def close(self) -> None:
-        """Ends the listener; returns when its threads have ended."""
+        """Ends the listener and what takes part in collectives; returns when all of it has ended."""
+        if self._workers is not None:
+            self._workers.close()
         self._is_closing.set()
         for thread in self._threads:
             thread.join()
@@ -331,41 +358,3 @@ def _at_once(calls: Sequence[tuple[Any, tuple[Any, ...]]]) -> list[Any]:
     for thread in threads:
         thread.join()
     return results
-
-
-def main(argv: Sequence[str]) -> int:
-    """Serves one peer: prints its endpoint, then answers one JSON line for each JSON line; ends with its input."""
-    if len(argv) != 1:
-        print("usage: python -m launcher.fabric.peer ADDRESS", file=sys.stderr)
-        return 64
-    try:
-        peer = LocalPeer(argv[0])
-    except OSError as error:
-        print(f"cannot listen on {argv[0]}: {error}", file=sys.stderr)
-        return 1
-    try:
-        print(json.dumps(asdict(peer.endpoint())), flush=True)
-        for line in sys.stdin:
-            print(json.dumps(_serve_call(peer, json.loads(line))), flush=True)
-    finally:
-        peer.close()
-    return 0
-
-
-def _serve_call(peer: LocalPeer, request: dict[str, Any]) -> Any:
-    targets = [Endpoint(**target) for target in request["targets"]]
-    if request["call"] == "connect":
-        return [asdict(item) for item in peer.connect(targets, request["timeout_s"])]
-    if request["call"] == "datagrams":
-        return [asdict(item) for item in peer.datagrams(targets, request["timeout_s"])]
-    if request["call"] == "transfer":
-        return peer.transfer(targets[0], request["seconds"])
-    if request["call"] == "lookup":
-        return peer.lookup([(name, address) for name, address in request["names"]])
-    if request["call"] == "compute":
-        return peer.compute()
-    raise ValueError(f"unknown call {request['call']!r}")
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -302,14 +302,14 @@ def datagram_findings(results: Sequence[Datagrams], hosts: Sequence[str]) -> lis
     ]
 
 
-def slow_findings(found: Suspects, hosts: Sequence[str]) -> list[Finding]:
-    """Findings for the nodes and links that were slow twice."""
+def slow_findings(found: Suspects, hosts: Sequence[str], how: str = "") -> list[Finding]:
+    """Findings for the nodes and links that were slow twice; `how` they were measured stands before the evidence."""
     nodes = [
         Finding(
             "node-slow",
             Severity.ERROR,
             (hosts[node],),
-            why,
+            f"{how}{why}",
             "every collective of the gang runs at the speed of this node",
             "leave the node out; check its cable, its port and what else runs on it",
         )
@@ -320,7 +320,7 @@ def slow_findings(found: Suspects, hosts: Sequence[str]) -> list[Finding]:
             "link-slow",
             Severity.WARNING,
             (hosts[source], hosts[target]),
-            f"from {hosts[source]} to {hosts[target]}: {why}",
+            f"{how}from {hosts[source]} to {hosts[target]}: {why}",
             "rings that use this link are slowed",
             "look at the path between the two (switch uplink, routing)",
         )
@@ -367,24 +367,6 @@ def lookup_findings(problems: Mapping[tuple[int, int], str], hosts: Sequence[str
             "correct DNS or /etc/hosts, or use addresses (a headless service, on Kubernetes)",
         )
         for problem, sources in askers.items()
-    ]
-
-
-def compute_findings(seconds: Mapping[int, float], hosts: Sequence[str], what: str) -> list[Finding]:
-    """Nodes that took much longer than the median for the same work (`what`: "matmul", "memory copy")."""
-    speeds = {node: 1.0 / value for node, value in seconds.items() if value > 0}
-    slow = outliers(speeds, beyond_scatter=True)
-    middle = statistics.median(seconds.values()) if seconds else 0.0
-    return [
-        Finding(
-            "node-slow",
-            Severity.WARNING,
-            (hosts[node],),
-            f"{what} took {seconds[node] * 1000:.1f} ms, {middle * 1000:.1f} ms on the median node",
-            "every step of the gang waits for this node",
-            "look at what else runs on the node, at its clock speeds and its cooling",
-        )
-        for node in sorted(slow)
     ]
 
 

@@ -21,14 +21,18 @@ class Recorded:
     findings: tuple[Finding, ...]
 
 
+def names_of(nodes: Sequence[NodeFacts]) -> list[str]:
+    """What to call each node: its host name, with its position where several have the same."""
+    names = [facts.hostname for facts in nodes]
+    return [f"{name}-{idx}" if names.count(name) > 1 else name for idx, name in enumerate(names)]
+
+
 def save(nodes: Sequence[NodeFacts], folder: Path) -> list[Path]:
     """Writes the facts of each node to `folder`/HOST.json (made if need be); the files. OSError if that fails."""
     folder.mkdir(parents=True, exist_ok=True)
     written = []
-    for position, facts in enumerate(nodes):
-        name = _file_name(facts.hostname)
-        if sum(_file_name(other.hostname) == name for other in nodes) > 1:
-            name = f"{name}-{position}"
+    for called, facts in zip(names_of(nodes), nodes, strict=True):
+        name = _file_name(called)
         target = folder / f"{name}.json"
         # Complete or absent: another process may read the folder while it is written.
         partial = folder / f".{name}.partial"

@@ -76,6 +76,7 @@ def understand(line: CommandLine, environ: Mapping[str, str], cwd: str, fresh_id
         master_port=read(line, "master-port", values.parse_port, None),
         virtual_local_rank=line.has("virtual-local-rank"),
         bind=_read_binding(line),
+        preflight=line.has("preflight"),
         shutdown_timeout_s=read(line, "shutdown-timeout", values.parse_amount, _default_grace_s(environ)),
         place_timeout_s=read(line, "place-timeout", values.parse_amount, DEFAULT_PLACE_TIMEOUT_S),
         signals_to_handle=read(line, "signals-to-handle", values.parse_signals, JobSpec.signals_to_handle),

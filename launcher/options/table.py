@@ -115,6 +115,13 @@ OPTIONS: tuple[Option, ...] = (
         "SECONDS",
         is_ours=True,
     ),
+    Option(
+        "preflight",
+        PLACE,
+        "Measure first: who reaches whom, full-size packets, all-reduce, processors. "
+        "Slow nodes are named, and left out where the job can do without.",
+        is_ours=True,
+    ),
     Option("max-restarts", FAILURE, "When a rank fails, stop all and start again, at most N times. [0]", "N"),
     Option(
         "shutdown-timeout",

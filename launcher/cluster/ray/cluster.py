@@ -6,7 +6,9 @@ import contextlib
 import os
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import ray
 
@@ -20,6 +22,9 @@ from launcher.gang.offers import GPU
 from launcher.gang.placement import default_gpus_per_proc, resolve_procs_per_node
 from launcher.gang.world import NodeInfo
 from launcher.spec import JobSpec
+
+if TYPE_CHECKING:
+    from launcher.cluster.ray.probes import RayPeer
 
 CLOSE_S = 4.0
 """Agents drain their cache daemon in 2 s; what is not closed by then is killed."""
@@ -70,6 +75,12 @@ class RayCluster:
 
     def node(self, node_id: str) -> NodeHandle:
         return self._nodes[node_id]
+
+    def open_peers(self, nodes: Sequence[NodeInfo]) -> list[RayPeer]:
+        """Who measures from each of these nodes (launcher.fabric)."""
+        from launcher.cluster.ray.probes import open_peers
+
+        return open_peers([(node.node_id.partition("#")[0], node.hostname, node.addr) for node in nodes])
 
     def close(self) -> None:
         if self._is_closed:

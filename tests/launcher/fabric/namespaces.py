@@ -10,11 +10,10 @@ import os
 import secrets
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from launcher.fabric.conduct import ProcessPeer
+from launcher.fabric.serve import ProcessPeer, command_of
 
 
 def why_not() -> str | None:
@@ -81,8 +80,7 @@ class Network:
         )
 
     def peer(self, node: int, address: str | None = None) -> ProcessPeer:
-        command = [sys.executable, "-m", "launcher.fabric.peer", address or self.address(node)]
-        return ProcessPeer(["ip", "netns", "exec", self.namespace(node), *command])
+        return ProcessPeer(["ip", "netns", "exec", self.namespace(node), *command_of(address or self.address(node))])
 
     @contextlib.contextmanager
     def peers(self) -> Iterator[list[ProcessPeer]]:

@@ -15,6 +15,7 @@ from launcher.fabric.codec import to_json
 from launcher.fabric.doctor import EXIT_NO_FACTS, EXIT_USAGE, main
 from launcher.fabric.facts import NodeFacts
 from launcher.fabric.findings import Finding, Severity
+from tests.fakes.peers import FakePeer, gang
 
 Recorded = Callable[[str], NodeFacts]
 
@@ -140,19 +141,48 @@ def test_wrong_usage_is_not_an_error_found(argv: list[str], capsys: pytest.Captu
     assert "usage:" in capsys.readouterr().err
 
 
-def test_a_ray_cluster_is_looked_at_through_the_callers_gather(
+class FakeNodes:
+    """A cluster of recorded machines whose peers are in memory."""
+
+    def __init__(self, nodes: list[NodeFacts], silent: list[Finding], peers: list[FakePeer]) -> None:
+        self.nodes, self.silent, self._peers, self.is_closed = nodes, silent, peers, False
+
+    def look(self) -> tuple[list[NodeFacts], list[Finding]]:
+        return self.nodes, self.silent
+
+    def peers(self) -> list[FakePeer]:
+        return self._peers
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+def test_a_ray_cluster_is_looked_at_through_the_callers_connection(
     recorded: Recorded, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked: list[str] = []
+    nodes = FakeNodes([recorded("dgx-a100")], [], [])
 
-    def gather(address: str) -> list[NodeFacts]:
+    def connect(address: str) -> FakeNodes:
         asked.append(address)
-        return [recorded("dgx-a100")]
+        return nodes
 
-    assert main(["--address", "10.0.0.1:6379"], gather=gather, env={}) == 0
+    assert main(["--address", "10.0.0.1:6379"], connect=connect, env={}) == 0
     assert asked == ["10.0.0.1:6379"]
-    assert "The nodes of the Ray cluster at 10.0.0.1:6379." in capsys.readouterr().out
-    assert main(["--address", "10.0.0.1:6379"], gather=lambda _: [], env={}) == EXIT_NO_FACTS
+    assert nodes.is_closed
+    assert "The nodes of the Ray cluster at 10.0.0.1:6379" in capsys.readouterr().out
+
+
+def test_a_node_that_says_nothing_is_a_finding_and_a_cluster_of_them_a_sentence(
+    recorded: Recorded, capsys: pytest.CaptureFixture[str]
+) -> None:
+    silent = [Finding("facts-unreadable", Severity.ERROR, ("b",), "b says nothing", "unseen", "install it there")]
+    assert main(["--address", "x:1"], connect=lambda _: FakeNodes([recorded("dgx-a100")], silent, []), env={}) == 2
+    assert "b says nothing" in capsys.readouterr().out
+    nobody = FakeNodes([], silent, [])
+    assert main(["--address", "x:1"], connect=lambda _: nobody, env={}) == EXIT_NO_FACTS
+    assert "b says nothing" in capsys.readouterr().err
+    assert nobody.is_closed
 
 
 def test_garbage_below_the_root_is_no_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -173,13 +203,17 @@ def test_probe_of_an_address_that_is_not_here_is_a_finding(capsys: pytest.Captur
     assert "192.0.2.200" in capsys.readouterr().out
 
 
-def test_probe_of_a_cluster_is_the_callers_measurement(recorded: Recorded, capsys: pytest.CaptureFixture[str]) -> None:
-    slow = Finding("node-slow", Severity.ERROR, ("b",), "seen by a test", "means a test", "do a test")
+def test_probe_of_a_cluster_measures_between_its_nodes(recorded: Recorded, capsys: pytest.CaptureFixture[str]) -> None:
+    nodes = [replace(recorded("gpuless-microvm"), hostname=f"n{idx}") for idx in range(4)]
+    peers = gang(4)
+    peers[2].rate /= 2
     code = main(
-        ["--address", "x:1", "--probe"], gather=lambda _: [recorded("dgx-a100")], measure=lambda _: [slow], env={}
+        ["--address", "x:1", "--probe"], connect=lambda _: FakeNodes(nodes, [], peers), env={"GLOO_SOCKET_IFNAME": "e"}
     )
     assert code == 2
-    assert "node-slow" in capsys.readouterr().out
+    page = capsys.readouterr().out
+    assert "node-slow  on n2" in page
+    assert "all-reduces over gloo" in page
 
 
 def test_probe_of_recorded_facts_says_that_nothing_was_measured(

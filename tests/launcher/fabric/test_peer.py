@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import pytest
 
-from launcher.fabric.conduct import conduct
+from launcher.fabric.conduct import Wishes, conduct
 from launcher.fabric.peer import LocalPeer
 
 
@@ -25,7 +25,7 @@ def peers() -> Iterator[tuple[LocalPeer, LocalPeer]]:
 
 
 def test_peers_reach_each_other_both_ways(peers: tuple[LocalPeer, LocalPeer]) -> None:
-    report = conduct(peers, ["a", "b"], transfer_s=0.05)
+    report = conduct(peers, ["a", "b"], Wishes(transfer_s=0.05))
     assert report.unreachable == ()
     assert {(item.source, item.target) for item in report.transfers} >= {(0, 1), (1, 0)}
     assert report.slow_nodes == ()
@@ -74,7 +74,7 @@ def test_names_are_looked_up_both_ways(peers: tuple[LocalPeer, LocalPeer]) -> No
 
 
 def test_a_name_that_fails_everywhere_is_one_finding(peers: tuple[LocalPeer, LocalPeer]) -> None:
-    report = conduct(peers, ["localhost", "no-such-host.invalid"], transfer_s=0.05, with_names=True)
+    report = conduct(peers, ["localhost", "no-such-host.invalid"], Wishes(transfer_s=0.05, names=True))
     found = [finding for finding in report.findings if finding.id == "name-lookup"]
     assert any("no-such-host.invalid" in finding.evidence for finding in found)
     assert len(found) == len({finding.evidence for finding in found})
@@ -104,7 +104,7 @@ def test_close_ends_every_thread() -> None:
 def test_the_process_ends_with_its_input() -> None:
     """A peer whose driver died must not go on listening."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "launcher.fabric.peer", "127.0.0.1"],
+        [sys.executable, "-m", "launcher.fabric.serve", "127.0.0.1"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -122,7 +122,7 @@ def test_the_process_ends_with_its_input() -> None:
 
 def test_an_address_of_another_machine_is_an_error_message() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "launcher.fabric.peer", "192.0.2.77"], capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "launcher.fabric.serve", "192.0.2.77"], capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 1
     assert "cannot listen on 192.0.2.77" in done.stderr

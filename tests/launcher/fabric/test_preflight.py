@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,7 +13,6 @@ from launcher.fabric.preflight import (
     Suspects,
     Transfer,
     broken_findings,
-    compute_findings,
     confirmed,
     datagram_findings,
     reach_findings,
@@ -156,11 +154,3 @@ def test_pairs_without_any_transfer_are_named_unless_known_to_be_dead() -> None:
     (finding,) = broken_findings(schedule(3), set(), done, ["a", "b", "c"])
     assert finding.nodes == ("b", "c")
     assert broken_findings(schedule(3), {(1, 2)}, done, ["a", "b", "c"]) == []
-
-
-@pytest.mark.parametrize("slow", [0, 3])
-def test_slow_arithmetic_is_named(slow: int) -> None:
-    seconds = {node: 0.02 if node == slow else 0.01 for node in range(4)}
-    (finding,) = compute_findings(seconds, ["a", "b", "c", "d"], "matmul")
-    assert finding.nodes == ("abcd"[slow],)
-    assert compute_findings({0: 0.01, 1: 0.011, 2: 0.0105}, ["a", "b", "c"], "matmul") == []

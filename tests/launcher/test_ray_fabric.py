@@ -1,0 +1,85 @@
+"""The doctor and the preflight on the nodes of a real Ray cluster (two raylets of one machine)."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.launcher.launched import wait_until
+from tests.raycluster import RayUnderTest, ray_environment
+
+pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("ray"), pytest.mark.timeout(300)]
+
+DEADLINE_S = 120.0
+"""Only what is broken ever takes so long."""
+
+
+def run(cluster: RayUnderTest, cwd: Path, *args: str) -> subprocess.CompletedProcess[str]:
+    """`python -m launcher`, there."""
+    env = {**ray_environment(), "RAY_ADDRESS": cluster.address, "XDG_STATE_HOME": str(cwd / "state")}
+    command = [sys.executable, "-m", "launcher", *args]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=DEADLINE_S)
+
+
+def probes() -> list[str]:
+    """Command lines of the measuring processes that live on this machine."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            line = entry.read_bytes().replace(b"\0", b" ").decode()
+        except OSError:
+            continue
+        if "launcher.fabric.serve" in line or "launcher.fabric.collective" in line:
+            found.append(line)
+    return found
+
+
+def test_the_doctor_looks_at_every_node_of_a_cluster_and_measures_between_them(
+    ray_cluster: RayUnderTest, tmp_path: Path
+) -> None:
+    """One command shows all nodes as they are, without reserving anything, and proves that collectives pass between them."""
+    done = run(ray_cluster, tmp_path, "doctor", "--address", ray_cluster.address, "--probe", "--json")
+    assert done.returncode == 0, done.stderr
+    page = json.loads(done.stdout)
+    assert len(page["nodes"]) == 2
+    assert {node["node_ip"] for node in page["nodes"]} == {ray_cluster.address.split(":")[0]}
+    assert page["worst"] == "INFO"
+    assert {finding["id"] for finding in page["findings"]} <= {"same-machine-twice", "node-address-loopback"}
+    wait_until(lambda: not probes(), "what measured has ended")
+
+
+def test_a_cluster_that_is_not_there_is_a_sentence(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "launcher", "doctor", "--address", "127.0.0.1:1"],
+        cwd=tmp_path,
+        env=ray_environment(),
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+    )
+    assert done.returncode == 69
+    assert "no Ray cluster at " in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_job_begins_after_its_nodes_were_measured_and_keeps_what_they_are(
+    ray_cluster: RayUnderTest, tmp_path: Path
+) -> None:
+    (tmp_path / "train.py").write_text(
+        "import os; open(f\"rank{os.environ['RANK']}.txt\", 'w').write(str(os.environ.get('GLOO_SOCKET_IFNAME')))"
+    )
+    done = run(ray_cluster, tmp_path, "--nnodes=2", "--preflight", "train.py")
+    assert done.returncode == 0, done.stderr
+    assert "preflight: 2 nodes are measured" in done.stderr
+    assert "all-reduce" in done.stderr
+    assert "fabric: " not in done.stderr, "two raylets on one machine are a trial, and nobody is accused"
+    folder = tmp_path / "railhead-runs" / "latest" / "fabric"
+    assert len(list(folder.glob("*.json"))) == 2
+    assert "ALL-REDUCES over gloo" in (folder / "preflight.txt").read_text()
+    assert "2 nodes" in (folder / "page.txt").read_text()
+    assert {path.name for path in tmp_path.glob("rank*.txt")} == {"rank0.txt", "rank1.txt"}
+    wait_until(lambda: not probes(), "what measured has ended")
