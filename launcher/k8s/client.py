@@ -98,12 +98,23 @@ class Kube:
 
     def list(self, kind: str, namespace: str, **query: str) -> dict[str, Any]:
         """All pages of a list; `query` in the API's spelling (labelSelector, fieldSelector)."""
-        found = self._request("GET", _path(kind, namespace), {"limit": "250", **query})
+        asked = {"limit": "250", **query}
+        found = self._request("GET", _path(kind, namespace), asked)
+        num_begun = 1
         while found.get("metadata", {}).get("continue"):
-            page = self._request(
-                "GET", _path(kind, namespace), {"limit": "250", **query, "continue": found["metadata"]["continue"]}
-            )
-            found = {**page, "items": [*found["items"], *page["items"]]}
+            try:
+                page = self._request(
+                    "GET", _path(kind, namespace), {**asked, "continue": found["metadata"]["continue"]}
+                )
+                found = {**page, "items": [*found["items"], *page["items"]]}
+            except ApiRefused as refusal:
+                # The pages belong to one moment, and the server has forgotten it: from the beginning, at last in one piece.
+                if refusal.code != 410 or num_begun == _MAX_TRIES:
+                    raise
+                num_begun += 1
+                if num_begun == _MAX_TRIES:
+                    asked = dict(query)
+                found = self._request("GET", _path(kind, namespace), asked)
         return found
 
     def create(self, one: Mapping[str, Any], *, dry_run: bool = False) -> dict[str, Any]:

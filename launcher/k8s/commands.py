@@ -279,7 +279,9 @@ def _manifest(request: Request) -> dict[str, Any]:
         raise SpecError(
             f"{path} holds no RayJob", advice="give the RayJob alone, as `python -m launcher render` prints it last"
         )
-    metadata = one.setdefault("metadata", {})
+    metadata = one["metadata"] = one.get("metadata") or {}
+    if not isinstance(metadata, dict):
+        raise SpecError(f"{path}: metadata is {metadata!r}", advice="it holds name and namespace")
     metadata["name"] = _text(request, "name") or metadata.get("name", "")
     metadata.setdefault("namespace", _text(request, "namespace"))
     owner = _text(request, "owner-job-uid")

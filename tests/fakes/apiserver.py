@@ -19,7 +19,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import yaml
 
-from tests.launcher.k8s.schemas import schemas, unknown_fields
+from tests.launcher.k8s.schemas import faults, schemas, unknown_fields
 
 Key = tuple[str, str, str]
 CUSTOM = {"rayjobs": "RayJob", "raycronjobs": "RayCronJob", "podmonitors": "PodMonitor"}
@@ -81,10 +81,18 @@ class FakeApiServer:
         self.hooks: list[Hook] = []
         self.faults: list[Fault] = []
         self.cuts: list[Cut] = []
+        self.managers: dict[Key, str] = {}
+        """Who applied an object last: another one must force its way."""
         self.logs: dict[str, Log] = {}
         self.bookmarks_only: int = 0
         """So many watches to come send a bookmark and end."""
         self.page_size: int | None = None
+        self.expired_pages = 0
+        """So many further pages to come are of a moment that is forgotten."""
+        self.expires_by_status = False
+        """An expired watch is refused with HTTP 410; else it is opened, and the error comes as its first event. Servers do both."""
+        self.cut_watches: list[int] = []
+        """One for each watch to come that has something to say: after so many bytes its connection breaks."""
 
     # What tests do.
 
@@ -288,8 +296,14 @@ class _Handler(BaseHTTPRequestHandler):
             known = self.state.objects.get(key)
             if self.command == "POST" and known is not None:
                 return self._status(409, "AlreadyExists", f'{plural} "{key[2]}" already exists')
+            manager = query.get("fieldManager", "creator")
+            owner = self.state.managers.get(key, manager)
+            if known is not None and owner != manager and query.get("force") != "true":
+                message = f'Apply failed with 1 conflict: conflict with "{owner}"'
+                return self._status(409, "Conflict", message)
             if query.get("dryRun") == "All":
                 return self._json(200, one)
+            self.state.managers[key] = manager
             if known is not None:
                 one["metadata"] = {**known["metadata"], **one["metadata"]}
             stored = self.state._store(plural, one)
@@ -298,7 +312,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _validation(self, plural: str, one: dict[str, Any]) -> str | None:
         kind = CUSTOM.get(plural)
         if kind is None:
-            return None
+            extra = [fault.split("'")[1] for fault in faults(one) if "Additional properties" in fault]
+            return f'unknown field "{extra[0]}"' if extra else None
         for path in self.state.dropped_fields:
             if path in one["spec"] or path in one["spec"].get("rayClusterSpec", {}):
                 inside = path if path in one["spec"] else f"rayClusterSpec.{path}"
@@ -324,18 +339,25 @@ class _Handler(BaseHTTPRequestHandler):
         with self.state.changed:
             matches = self._matching(plural, namespace, query)
             items = [one for (kind, _, _), one in sorted(self.state.objects.items()) if kind == plural and matches(one)]
-            size = self.state.page_size or len(items) or 1
+            size = self.state.page_size if self.state.page_size and "limit" in query else len(items) or 1
             first = int(query.get("continue", "0"))
+            if first and self.state.expired_pages:
+                self.state.expired_pages -= 1
+                return self._status(410, "Expired", "The provided continue parameter is too old")
             metadata: dict[str, Any] = {"resourceVersion": str(self.state.version)}
             if first + size < len(items):
                 metadata["continue"] = str(first + size)
-            self._json(200, {"kind": "List", "metadata": metadata, "items": items[first : first + size]})
+            return self._json(200, {"kind": "List", "metadata": metadata, "items": items[first : first + size]})
 
     def _watch(self, plural: str, namespace: str, query: dict[str, str]) -> None:
         version = int(query["resourceVersion"])
+        with self.state.changed:
+            is_expired = version < self.state.oldest_version
+        if is_expired and self.state.expires_by_status:
+            return self._status(410, "Expired", "too old resource version")
         self._start_stream("application/json")
         with self.state.changed:
-            if version < self.state.oldest_version:
+            if is_expired:
                 status = {"kind": "Status", "code": 410, "reason": "Expired", "message": "too old resource version"}
                 return self._end_stream([{"type": "ERROR", "object": status}])
             if self.state.bookmarks_only:
@@ -352,7 +374,14 @@ class _Handler(BaseHTTPRequestHandler):
                 ]
 
             self.state.changed.wait_for(lambda: bool(news()), timeout=float(query["timeoutSeconds"]))
-            return self._end_stream(news())
+            found = news()
+            if found and self.state.cut_watches:
+                text = b"".join(json.dumps(event).encode() + b"\n" for event in found)
+                self._chunk(text[: self.state.cut_watches.pop(0)])
+                self.close_connection = True
+                return None
+            mark = {"kind": "Bookmark", "metadata": {"resourceVersion": str(self.state.version)}}
+            return self._end_stream([*found, {"type": "BOOKMARK", "object": mark}])
 
     def _log(self, pod: str, query: dict[str, str]) -> None:
         with self.state.changed:

@@ -100,8 +100,10 @@ def test_no_line_is_lost_or_shown_twice_over_reconnects(
     assert capsys.readouterr().out.splitlines() == [f"step {idx}" for idx in range(9)]
 
 
-def test_a_watch_that_expired_is_begun_anew(server: FakeApiServer) -> None:
+@pytest.mark.parametrize("by_status", [False, True])
+def test_a_watch_that_expired_is_begun_anew(server: FakeApiServer, by_status: bool) -> None:
     """410: the version is older than what the API server remembers."""
+    server.expires_by_status = by_status
     server.when("GET", "rayjobs", "watch=true", then=server.compact)
     runs_and_ends(server, LINES)
     server.hooks[1].count = 2  # runs at the second watch
@@ -119,6 +121,26 @@ def test_a_bookmark_moves_the_watch_on(server: FakeApiServer) -> None:
         line.split("resourceVersion=")[1].split("&")[0] for line in server.requests if "watch=true" in line
     ][:2]
     assert int(second) >= int(first)
+
+
+def test_a_watch_that_breaks_in_the_middle_of_an_event_is_taken_up_where_it_was(server: FakeApiServer) -> None:
+    server.cut_watches = [40]
+    runs_and_ends(server, LINES)
+    assert main(SUBMIT) == 0
+
+
+def test_a_list_whose_moment_is_forgotten_between_two_pages_is_read_again(
+    server: FakeApiServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("one", "two", "three"):
+        assert main(["submit", "--name", name, *JOB[2:], "--detach", "train.py"]) == 0
+    server.page_size, server.expired_pages = 1, 3
+    assert main(["list"]) == 0
+    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert names == ["one", "three", "two"]
+    server.expired_pages = 100
+    assert main(["list"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 3
 
 
 def test_a_busy_server_is_asked_again(server: FakeApiServer) -> None:
