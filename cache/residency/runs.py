@@ -11,15 +11,15 @@ from collections.abc import Callable
 
 from cache.blocks import BLOCKS_PER_EXTENT, BLOCKS_PER_FETCH
 
-VISITS_PER_BLOCK_AHEAD = 32
-"""A fetch may be as long as what its reader reads in 1/32 of the time that is left: about as many are under way at once, so all of them
+VISITS_PER_BLOCK_AHEAD = 64
+"""A fetch may be as long as what its reader reads in 1/64 of the time that is left. With some thirty under way at once, all of them
 together are done before the block is needed, even where the origin is no faster than the reader."""
 
 
 def reach(distance: float, num_own_blocks: int) -> int:
     """How many blocks a fetch may bring for a use `distance` visits away, of which each takes about `num_own_blocks`; a power of two.
 
-    >>> [reach(distance, 2) for distance in (0, 16, 100, 1000)]
+    >>> [reach(distance, 2) for distance in (0, 32, 200, 1000)]
     [1, 1, 4, 16]
     """
     blocks = min(distance * num_own_blocks / VISITS_PER_BLOCK_AHEAD, BLOCKS_PER_FETCH)

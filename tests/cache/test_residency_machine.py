@@ -317,7 +317,7 @@ def test_a_prefetch_that_is_needed_at_once_brings_no_more_than_what_is_needed() 
 def test_a_prefetch_far_ahead_brings_its_neighbours_if_somebody_will_read_them() -> None:
     world = World(10_000 * MIB, max_in_flight=2, demand_reserve=0)
     world.open("a", LONG)
-    near = [Visit(LONG.content_id, 255, 256)] * 600
+    near = [Visit(LONG.content_id, 255, 256)] * 1200
     world.announce("a", "s", [*near, *(Visit(LONG.content_id, block, block + 1) for block in (37, *range(33, 47)))])
     world.create_done(world.creations[0])
     assert [(f.first, f.end) for f in world.fetches] == [(255, 256), (33, 47)], "not 32 and 47: nobody announced them"
