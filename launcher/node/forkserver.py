@@ -190,6 +190,7 @@ class Server:
     def prepare(self) -> bool:
         """Carries out the first message; False when this process is of no use."""
         message = json.loads(self._control.recv(_MAX_MESSAGE))
+        began_s = time.monotonic()
         failed: dict[str, str] = {}
         names = list(message["first"])
         if message["modules_file"]:
@@ -198,11 +199,16 @@ class Server:
         try:
             failed = Importer(message["private"]).load(names, set(message["first"]))
         except Unfit as error:
+            print(f"fork server: not fit to be forked from, {error}", file=sys.stderr)
             self._tell({"event": "unfit", "module": error.module, "reason": error.reason})
             return False
         # What lives now lives for good: the collector need not look at it, and so does not touch its pages, which ranks share.
         gc.collect()
         gc.freeze()
+        took_s = time.monotonic() - began_s
+        print(f"fork server: {len(sys.modules)} modules, {len(names)} asked for, {took_s:.2f} s", file=sys.stderr)
+        for name, why in failed.items():
+            print(f"fork server: {name} could not be imported: {why}", file=sys.stderr)
         self._tell({"event": "warm", "failed": failed, "num_modules": len(sys.modules)})
         return True
 

@@ -1,0 +1,240 @@
+"""How long from the death of a rank until all ranks train again?
+
+    python -m benchmarks.recovery                 # all ways, 5 rounds; writes benchmarks/results/
+    python -m benchmarks.recovery --quick         # 1 round, prints only
+    python -m benchmarks.recovery --no-ray        # without what needs a Ray cluster
+
+Every rank runs the same loop: a small model under DDP with gloo, an optimizer, one step after the other. When all ranks have
+trained for a while, one is sent SIGKILL. `training again` is the time from that moment until the last rank has made its first step
+of the next attempt. The ways take turns within each round. A trial that does not come back within the limit is counted as not
+recovered.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.machine import hardware, versions
+
+RESULT = Path(__file__).parent / "results" / "recovery_2cores_202611.md"
+TRIAL_TIMEOUT_S = 60.0
+RANKS_PER_NODE = 2
+
+SCRIPT = """
+import os, sys, time
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+directory = os.environ["BENCH_DIR"]
+dist.init_process_group("gloo")
+rank, attempt = dist.get_rank(), os.environ["TORCHELASTIC_RESTART_COUNT"]
+model = DistributedDataParallel(torch.nn.Linear(64, 64))
+optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+step = 0
+while not os.path.exists(f"{directory}/stop"):
+    optimizer.zero_grad()
+    model(torch.ones(8, 64)).square().mean().backward()
+    optimizer.step()
+    if step == 0:
+        with open(f"{directory}/first.{attempt}.{rank}.tmp", "w") as file:
+            file.write(f"{time.time()!r} {os.getpid()}")
+        os.rename(f"{directory}/first.{attempt}.{rank}.tmp", f"{directory}/first.{attempt}.{rank}")
+    step += 1
+    time.sleep(0.01)
+os._exit(0)
+"""
+
+RAY_SERVER = """
+import sys
+from ray.cluster_utils import Cluster
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "include_dashboard": False})
+cluster.add_node(num_cpus=4)
+print(cluster.address, flush=True)
+sys.stdin.read()
+cluster.shutdown()
+"""
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to run the ranks."""
+
+    name: str
+    what: str
+    commands: Callable[[], Sequence[Sequence[str]]]
+    num_nodes: int
+
+
+def ways(address: str | None) -> list[Way]:
+    """All that is compared."""
+    python = sys.executable
+    size = f"--nproc-per-node={RANKS_PER_NODE}"
+
+    def ours(*options: str) -> Callable[[], Sequence[Sequence[str]]]:
+        return lambda: [[python, "-m", "launcher", size, "--max-restarts=3", *options, "train.py"]]
+
+    def torchrun(num_nodes: int, *options: str) -> Callable[[], Sequence[Sequence[str]]]:
+        def commands() -> Sequence[Sequence[str]]:
+            with socket.create_server(("127.0.0.1", 0)) as server:
+                port = server.getsockname()[1]
+            meet = ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=bench"]
+            one = [python, "-m", "torch.distributed.run", size, f"--nnodes={num_nodes}", "--max-restarts=3"]
+            return [[*one, *meet, *options, "train.py"]] * num_nodes
+
+        return commands
+
+    fastest = ("--monitor-interval=0.01", "--shutdown-timeout=1")
+    found = [
+        Way("railhead, 1 × 2", "`python -m launcher --nproc-per-node 2 --max-restarts 3 train.py`", ours(), 1),
+        Way("railhead spawn, 1 × 2", "the same with `--start-method spawn`", ours("--start-method=spawn"), 1),
+        Way("torchrun, 1 × 2", "c10d rendezvous, `--max-restarts=3`, else its defaults", torchrun(1), 1),
+        Way("torchrun fastest, 1 × 2", f"the same with `{' '.join(fastest)}`", torchrun(1, *fastest), 1),
+        Way("torchrun, 2 × 2", "two agents on this machine", torchrun(2), 2),
+        Way("torchrun fastest, 2 × 2", f"the same with `{' '.join(fastest)}`", torchrun(2, *fastest), 2),
+    ]
+    if address is not None:
+        on_ray = ours("--nnodes=2", f"--address={address}", "--carry-env=BENCH_DIR")
+        found.append(Way("railhead on Ray, 2 × 2", "`--nnodes 2 --address`, two raylets on this machine", on_ray, 2))
+    return found
+
+
+def try_once(way: Way, warm_s: float) -> float | None:
+    """Seconds until all ranks trained again; None if they did not. Raises RuntimeError if they never trained at all."""
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        (directory / "train.py").write_text(SCRIPT)
+        env = {
+            **os.environ,
+            "BENCH_DIR": name,
+            "RAILHEAD_RUNS": str(directory / "runs"),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_AUTH_MODE": "disabled",
+        }
+        with open(directory / "printed", "w") as printed:
+            processes = [
+                subprocess.Popen(argv, cwd=directory, env=env, stdout=printed, stderr=subprocess.STDOUT)
+                for argv in way.commands()
+            ]
+        try:
+            return _kill_one_and_wait(directory, way.num_nodes * RANKS_PER_NODE, warm_s)
+        finally:
+            (directory / "stop").touch()
+            for process in processes:
+                process.terminate()
+            for process in processes:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(10)
+                process.kill()
+                process.wait()
+
+
+def _kill_one_and_wait(directory: Path, num_ranks: int, warm_s: float) -> float | None:
+    first = _wait_for_step(directory, "0", num_ranks)
+    if first is None:
+        raise RuntimeError(f"nobody trained: {(directory / 'printed').read_text()[-3000:]}")
+    time.sleep(warm_s)
+    killed_s = time.time()
+    os.kill(first[-1][1], signal.SIGKILL)
+    again = _wait_for_step(directory, "1", num_ranks)
+    return None if again is None else max(at_s for at_s, _ in again) - killed_s
+
+
+def _wait_for_step(directory: Path, attempt: str, num_ranks: int) -> list[tuple[float, int]] | None:
+    """When each rank made its first step of the attempt, and its process."""
+    files = [directory / f"first.{attempt}.{rank}" for rank in range(num_ranks)]
+    deadline = time.monotonic() + TRIAL_TIMEOUT_S
+    while not all(file.exists() for file in files):
+        if time.monotonic() > deadline:
+            return None
+        time.sleep(0.005)
+    words = [file.read_text().split() for file in files]
+    return [(float(at_s), int(pid)) for at_s, pid in words]
+
+
+@contextlib.contextmanager
+def ray_cluster() -> Iterator[str]:
+    """Two raylets in a process of its own; their address."""
+    env = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
+    server = subprocess.Popen(
+        [sys.executable, "-c", RAY_SERVER],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=env,
+        text=True,
+    )
+    assert server.stdin is not None
+    assert server.stdout is not None
+    with server.stdin, server.stdout:
+        address = server.stdout.readline().strip()
+        if not address:
+            raise RuntimeError("the Ray cluster did not start")
+        yield address
+        server.stdin.close()
+        server.wait(30)
+
+
+def render(chosen: Sequence[Way], found: dict[str, list[float | None]], command: str, load: str, warm_s: float) -> str:
+    """The report in Markdown."""
+    rows = []
+    for way in chosen:
+        back = sorted(trial for trial in found[way.name] if trial is not None)
+        count = f"{len(back)} of {len(found[way.name])}"
+        if back:
+            rows.append(f"| {way.name} | {count} | {statistics.median(back):.2f} | {back[0]:.2f} to {back[-1]:.2f} |")
+        else:
+            rows.append(f"| {way.name} | {count} | – | – |")
+    legend = "".join(f"- **{way.name}**: {way.what}\n" for way in chosen)
+    return (
+        "# From the death of a rank until all train again\n\n"
+        "Question: how long after SIGKILL of one rank has the last rank made its first step of the next attempt?\n\n"
+        f"- Hardware: {hardware()}; load average before and after: {load}\n"
+        f"- Versions: {versions(('torch', 'ray', 'railhead'))}\n"
+        f"- Command: `{command}`; the rank is killed {warm_s:g} s after the last rank's first step; the ways take turns in each round. "
+        f"Medians, and least to most, of the trials that came back within {TRIAL_TIMEOUT_S:g} s.\n\n"
+        "| way | recovered | training again (s) | spread (s) |\n|---|---|---|---|\n" + "\n".join(rows) + f"\n\n{legend}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--warm", type=float, default=5.0, help="seconds of training before the kill")
+    parser.add_argument("--quick", action="store_true", help="one round; the result is printed, not written")
+    parser.add_argument("--no-ray", action="store_true", help="leave out the ways that need a Ray cluster")
+    args = parser.parse_args()
+    before = os.getloadavg()[0]
+    with contextlib.ExitStack() as stack:
+        address = None if args.no_ray else stack.enter_context(ray_cluster())
+        chosen = ways(address)
+        found: dict[str, list[float | None]] = {way.name: [] for way in chosen}
+        for number in range(1 if args.quick else args.rounds):
+            start = number % len(chosen)
+            for way in [*chosen[start:], *chosen[:start]]:
+                took_s = try_once(way, args.warm)
+                told = "did not come back" if took_s is None else f"{took_s:.2f} s"
+                print(f"round {number}: {way.name}: {told}", flush=True)
+                found[way.name].append(took_s)
+    command = "python -m benchmarks.recovery " + " ".join(sys.argv[1:])
+    text = render(chosen, found, command.strip(), f"{before:.1f}, {os.getloadavg()[0]:.1f}", args.warm)
+    print(text)
+    if not args.quick:
+        RESULT.write_text(text)
+        print(f"written to {RESULT}")
+
+
+if __name__ == "__main__":
+    main()
