@@ -9,7 +9,9 @@ import click
 
 @click.command()
 @click.argument("urls", nargs=-1, required=True, metavar="URL...")
-@click.option("--format", "format_name", default="tar", show_default=True, help="tar, mds or parquet.")
+@click.option(
+    "--format", "format_name", default="tar", show_default=True, help="The one format without an index of its own."
+)
 @click.option(
     "--socket",
     envvar="RAILHEAD_CACHE_SOCKET",
