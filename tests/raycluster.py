@@ -22,7 +22,9 @@ cluster = Cluster(initialize_head=True, head_node_args={**first, "include_dashbo
 cluster.add_node(num_cpus=4, resources={"second": 1}, env_vars={"RAILHEAD_TEST_NODE": "second"})
 print(cluster.address, flush=True)
 for line in sys.stdin:
-    node = cluster.add_node(num_cpus=2, resources={line.strip(): 1})
+    resource, _, rack = line.strip().partition(" ")
+    labels = {"topology.kubernetes.io/rack": rack} if rack else {}
+    node = cluster.add_node(num_cpus=2, resources={resource: 1}, labels=labels)
     print(node.all_processes["raylet"][0].process.pid, flush=True)
 cluster.shutdown()
 """
@@ -39,11 +41,11 @@ class RayUnderTest:
     address: str
     server: subprocess.Popen[str]
 
-    def add_node(self, resource: str) -> int:
+    def add_node(self, resource: str, rack: str = "") -> int:
         """One more node, of 2 CPUs and with this resource, for a test to kill; the process id of its raylet."""
         assert self.server.stdin is not None
         assert self.server.stdout is not None
-        self.server.stdin.write(f"{resource}\n")
+        self.server.stdin.write(f"{resource} {rack}\n")
         self.server.stdin.flush()
         return int(self.server.stdout.readline())
 

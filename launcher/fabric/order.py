@@ -16,7 +16,9 @@ from launcher.fabric.facts import NodeFacts
 
 RACK_LABELS = (
     "topology.kubernetes.io/region",
+    "ray.io/availability-region",
     "topology.kubernetes.io/zone",
+    "ray.io/availability-zone",
     "topology.k8s.aws/network-node-layer-1",
     "topology.k8s.aws/network-node-layer-2",
     "topology.k8s.aws/network-node-layer-3",

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from launcher.cluster.ray.topology import arguments, in_order
+from launcher.fabric.order import Packing
+from launcher.gang.world import NodeInfo, World, arrange
 from tests.launcher.launched import wait_until
 from tests.raycluster import RayUnderTest, ray_environment
 
@@ -83,3 +89,46 @@ def test_a_job_begins_after_its_nodes_were_measured_and_keeps_what_they_are(
     assert "2 nodes" in (folder / "page.txt").read_text()
     assert {path.name for path in tmp_path.glob("rank*.txt")} == {"rank0.txt", "rank1.txt"}
     wait_until(lambda: not probes(), "what measured has ended")
+
+
+RACK = "topology.kubernetes.io/rack"
+
+
+def test_a_gang_that_fits_into_one_rack_is_placed_there(ray_cluster: RayUnderTest, tmp_path: Path) -> None:
+    """Of three nodes that have what is asked for, two share a rack: Ray alone would take any two."""
+    raylets = [ray_cluster.add_node("racked", rack) for rack in ("left", "right", "right")]
+    try:
+        (tmp_path / "train.py").write_text("")
+        done = run(ray_cluster, tmp_path, "--nnodes=2", "--resources=racked=1", "train.py")
+        assert done.returncode == 0, done.stderr
+        journal = tmp_path / "railhead-runs" / "latest" / "journal.jsonl"
+        (ready,) = [json.loads(line) for line in journal.read_text().splitlines() if '"NodesReady"' in line]
+        assert [dict(node["labels"]) for node in ready["nodes"]] == [{RACK: "right"}] * 2
+    finally:
+        for pid in raylets:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def test_ranks_go_rack_by_rack_and_keep_that_order() -> None:
+    """A ring over racks that alternate crosses between them at every step."""
+    nodes = [
+        NodeInfo(f"n{idx}", f"n{idx}", "", 8, ((RACK, rack),) if rack else ())
+        for idx, rack in enumerate(["a", "b", "a", "", "b", "a"])
+    ]
+    ordered = in_order(nodes)
+    assert [node.node_id for node in ordered] == ["n0", "n2", "n5", "n1", "n4", "n3"]
+    assert in_order(nodes) == ordered
+    # After a loss survivors keep their places, whatever the labels of those that come instead.
+    left = [node for node in ordered if node.node_id not in ("n1", "n2")]
+    assert arrange(in_order(nodes[:1] + nodes[3:]), World(ordered)).nodes == tuple(left)
+    plain = [NodeInfo(f"n{idx}", f"n{idx}", "", 8) for idx in range(3)]
+    assert in_order(plain) == tuple(plain), "without labels the order by name stays"
+
+
+def test_a_gang_that_no_rack_holds_is_placed_as_before() -> None:
+    assert arguments(None) == {"strategy": "STRICT_SPREAD"}
+    assert arguments(Packing(None, "no label")) == {"strategy": "STRICT_SPREAD"}
+    assert arguments(Packing(RACK, "fits")) == {
+        "topology_strategy": {"ray.io/node-id": "STRICT_SPREAD", RACK: "STRICT_PACK"}
+    }

@@ -19,7 +19,7 @@ from ray.util.placement_group import placement_group, placement_group_table, rem
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from launcher.cluster.ports import EventSink
-from launcher.cluster.ray import survey
+from launcher.cluster.ray import survey, topology
 from launcher.cluster.ray.agent_actor import EVENT_GROUP, OUTPUT_GROUP, AgentActor, Hello, installed_version
 from launcher.errors import RequestRefused
 from launcher.gang.events import PlacementWaiting
@@ -69,6 +69,8 @@ class Group:
         self._said: tuple[str, float] = ("", 0.0)
         self._fits_since_s: float | None = None
         self._group: Any = None
+        self._may_pack = True
+        self._is_packed = False
 
     def create(self) -> list[Bundle]:
         """Waits until the group is placed. Raises RequestRefused or Abandoned; then nothing is held."""
@@ -80,6 +82,11 @@ class Group:
             asked_s = time.monotonic()
             while not self._is_created():
                 answer = self._ask_every_second(answer)
+                if self._is_packed and time.monotonic() - asked_s > RACE_S:
+                    # Somebody took a node of the rack: better apart than not at all.
+                    self.remove()
+                    self._may_pack, asked_s = False, time.monotonic()
+                    self._ask_ray(num_nodes)
                 if num_nodes > self._request.min_nodes and time.monotonic() - asked_s > RACE_S:
                     self.remove()
                     num_nodes, asked_s = self._request.min_nodes, time.monotonic()
@@ -146,7 +153,9 @@ class Group:
     def _ask_ray(self, num_nodes: int) -> None:
         # A bundle must ask for something; a byte of memory is something that every node has.
         bundle = self._request.bundle or {"memory": 1.0}
-        self._group = placement_group([bundle] * num_nodes, strategy="STRICT_SPREAD")
+        chosen = topology.choose_packing(self._request.bundle, num_nodes) if self._may_pack else None
+        self._is_packed = chosen is not None and chosen.label is not None
+        self._group = placement_group([bundle] * num_nodes, **topology.arguments(chosen))
 
     def _is_created(self) -> bool:
         return bool(placement_group_table(self._group)["state"] == "CREATED")

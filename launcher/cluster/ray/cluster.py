@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import ray
 
 from launcher.cluster.ports import EventSink, NodeHandle
-from launcher.cluster.ray import survey
+from launcher.cluster.ray import survey, topology
 from launcher.cluster.ray.acquire import Abandoned, Group, StartedAgent, start_agents
 from launcher.cluster.ray.remote_node import RemoteNode
 from launcher.errors import RequestRefused
@@ -109,7 +109,7 @@ class RayCluster:
         try:
             self._acquire_all(keep)
             ready = sorted(self._live(), key=lambda item: survey.order_of_nodes(item[0]))
-            self._sink.put(NodesReady(tuple(info for _, info in ready)))
+            self._sink.put(NodesReady(topology.in_order([info for _, info in ready])))
         except Abandoned:
             pass
         except RequestRefused as refused:
@@ -138,7 +138,7 @@ class RayCluster:
 
     def _take(self, agent: StartedAgent) -> None:
         assert self._sink is not None
-        info = self._info(agent.node)
+        info = topology.with_label(self._info(agent.node), topology.labels(), agent.node.node_id)
         # An error here is the actor's death, and the fetching thread will say so.
         agent.actor.begin.remote(info, self._spec, self._run_dir, agent.hello.cwd)
         remote = RemoteNode(info, agent.actor, self._sink)
