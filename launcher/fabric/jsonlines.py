@@ -33,7 +33,7 @@ def questions() -> Iterator[Any]:
             arrived.put(line)
         arrived.put(None)
         time.sleep(END_GRACE_S)
-        os._exit(1)
+        os._exit(0)
 
     threading.Thread(target=read, name="questions", daemon=True).start()
     while (line := arrived.get()) is not None:

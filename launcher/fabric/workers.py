@@ -133,6 +133,8 @@ class Workers:
 
     def close(self) -> None:
         for process in self._processes:
+            # They hold nothing that is worth an orderly end, and torch takes a second for one.
+            process.kill()
             process.close()
         self._folder.cleanup()
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from launcher.fabric import compute_check, reduce_check
+from benchmarks.preflight_model import NoisyReduces
+from launcher.fabric import compute_check
 from launcher.fabric.collective import Rank, gpu_seconds
 from launcher.fabric.compute_check import Unit
 from launcher.fabric.conduct import Wishes, conduct
-from launcher.fabric.preflight import Suspects, Transfer, confirmed, retests, schedule, suspects
 from launcher.fabric.reduce_check import Outcome, failed_findings
 from launcher.fabric.verdict import Report, judge, page, summary
 from tests.fakes.peers import MATMUL_S, FakePeer, gang
@@ -178,28 +178,6 @@ def test_the_environment_of_the_ranks_is_that_of_the_collectives() -> None:
     assert [dict(peer.env) for peer in peers] == [{"GLOO_SOCKET_IFNAME": "eth0"}, {"X": "1"}]
 
 
-class Reduces:
-    """All-reduces of pairs among nodes with a speed each; noise always, a stumble now and then."""
-
-    def __init__(self, speeds: list[float], seed: int) -> None:
-        self.speeds, self.random = speeds, random.Random(seed)
-
-    def measure(self, rounds: list[list[tuple[int, int]]]) -> list[Transfer]:
-        found = []
-        for pair in (pair for pairs in rounds for pair in pairs):
-            rate = min(self.speeds[pair[0]], self.speeds[pair[1]]) * self.random.gauss(1.0, 0.05)
-            if self.random.random() < 0.03:
-                rate *= self.random.uniform(0.3, 0.9)
-            found.append(Outcome(pair, 1e6 / max(rate, 1.0), 1_000_000, 2))
-        return reduce_check.transfers(found)
-
-    def verdict(self) -> Suspects:
-        transfers = self.measure(schedule(len(self.speeds), max_rounds=reduce_check.ROUNDS))
-        first = suspects(transfers)
-        again = self.measure(retests(first, transfers)) if first else []
-        return confirmed(first, transfers, again)
-
-
 def test_two_rounds_of_pairs_find_one_throttled_node_and_accuse_nobody_over_200_seeds() -> None:
     """The promise, for the collectives: at least 99 % found, no healthy node accused, in gangs of 4 to 33 nodes."""
     num_found = 0
@@ -208,7 +186,7 @@ def test_two_rounds_of_pairs_find_one_throttled_node_and_accuse_nobody_over_200_
         speeds = [3e9] * num_nodes
         slow = seed % num_nodes
         speeds[slow] *= random.Random(seed + 1).uniform(0.1, 0.6)
-        verdict = Reduces(speeds, seed).verdict()
+        verdict = NoisyReduces(speeds, seed).verdict()
         assert set(verdict.nodes) <= {slow}, f"seed {seed}"
         num_found += slow in verdict.nodes
     assert num_found >= 198
@@ -216,7 +194,7 @@ def test_two_rounds_of_pairs_find_one_throttled_node_and_accuse_nobody_over_200_
 
 def test_two_rounds_of_pairs_accuse_nobody_of_a_healthy_gang_over_200_seeds() -> None:
     for seed in range(200):
-        verdict = Reduces([3e9] * random.Random(seed).randint(2, 33), seed).verdict()
+        verdict = NoisyReduces([3e9] * random.Random(seed).randint(2, 33), seed).verdict()
         assert not verdict.nodes, f"seed {seed}"
 
 

@@ -7,16 +7,14 @@ import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.preflight_model import NoisyNetwork
 from launcher.fabric.preflight import (
     Datagrams,
     Reach,
-    Suspects,
     Transfer,
     broken_findings,
-    confirmed,
     datagram_findings,
     reach_findings,
-    retests,
     schedule,
     slow_findings,
     suspects,
@@ -37,31 +35,6 @@ def test_rounds_are_disjoint_and_meet_each_partner_once(num_nodes: int, max_roun
         assert len(every) == num_nodes * (num_nodes - 1) // 2
 
 
-class Cluster:
-    """Nodes with a rate each; a measurement is the slower end, disturbed: noise always, now and then a stumble."""
-
-    def __init__(self, rates: list[float], seed: int, slow_links: dict[tuple[int, int], float] | None = None) -> None:
-        self.rates, self.random, self.slow_links = rates, random.Random(seed), slow_links or {}
-
-    def measure(self, rounds: list[list[tuple[int, int]]]) -> list[Transfer]:
-        found = []
-        for pairs in rounds:
-            for one, other in pairs:
-                for source, target in ((one, other), (other, one)):
-                    rate = min(self.rates[source], self.rates[target]) * self.slow_links.get((source, target), 1.0)
-                    rate *= self.random.gauss(1.0, 0.04)
-                    if self.random.random() < 0.03:
-                        rate *= self.random.uniform(0.3, 0.9)
-                    found.append(Transfer(source, target, max(rate, 1.0)))
-        return found
-
-    def verdict(self) -> Suspects:
-        transfers = self.measure(schedule(len(self.rates)))
-        first = suspects(transfers)
-        again = self.measure(retests(first, transfers)) if first else []
-        return confirmed(first, transfers, again)
-
-
 def test_one_throttled_node_is_found_and_no_healthy_one_accused_over_200_seeds() -> None:
     """The promise: at least 99 % of throttled nodes found, no healthy node accused, in gangs of 3 to 33 nodes."""
     num_found = 0
@@ -70,7 +43,7 @@ def test_one_throttled_node_is_found_and_no_healthy_one_accused_over_200_seeds()
         rates = [3e9] * num_nodes
         slow = seed % num_nodes
         rates[slow] *= random.Random(seed + 1).uniform(0.1, 0.6)
-        verdict = Cluster(rates, seed).verdict()
+        verdict = NoisyNetwork(rates, seed).verdict()
         assert set(verdict.nodes) <= {slow}, f"seed {seed}"
         num_found += slow in verdict.nodes
     assert num_found >= 198
@@ -78,7 +51,7 @@ def test_one_throttled_node_is_found_and_no_healthy_one_accused_over_200_seeds()
 
 def test_healthy_gangs_are_not_accused_over_200_seeds() -> None:
     for seed in range(200):
-        verdict = Cluster([3e9] * random.Random(seed).randint(2, 33), seed).verdict()
+        verdict = NoisyNetwork([3e9] * random.Random(seed).randint(2, 33), seed).verdict()
         assert not verdict.nodes, f"seed {seed}"
         assert not verdict.links, f"seed {seed}"
 
@@ -94,27 +67,27 @@ def test_a_half_rate_node_of_a_small_noisy_gang_is_found() -> None:
 
 def test_two_slow_nodes_of_eight_are_both_named() -> None:
     for seed in range(30):
-        verdict = Cluster([3e9, 3e9, 1.5e9, 3e9, 3e9, 3e9, 1.2e9, 3e9], seed).verdict()
+        verdict = NoisyNetwork([3e9, 3e9, 1.5e9, 3e9, 3e9, 3e9, 1.2e9, 3e9], seed).verdict()
         assert set(verdict.nodes) == {2, 6}, f"seed {seed}"
 
 
 def test_one_slow_link_is_a_link_not_two_nodes() -> None:
     """A bad uplink between two switches must not cost the gang two healthy nodes."""
     for seed in range(30):
-        verdict = Cluster([3e9] * 8, seed, {(1, 5): 0.3}).verdict()
+        verdict = NoisyNetwork([3e9] * 8, seed, {(1, 5): 0.3}).verdict()
         assert not verdict.nodes, f"seed {seed}"
         assert set(verdict.links) == {(1, 5)}, f"seed {seed}"
 
 
 def test_of_two_nodes_none_is_accused() -> None:
     """With one link there is no telling whose fault it is."""
-    assert not Cluster([3e9, 1e9], 1).verdict().nodes
+    assert not NoisyNetwork([3e9, 1e9], 1).verdict().nodes
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.floats(1.0, 1e12), min_size=2, max_size=12), st.integers(0, 1000))
 def test_judgement_never_fails_and_names_a_minority(rates: list[float], seed: int) -> None:
-    verdict = Cluster(rates, seed).verdict()
+    verdict = NoisyNetwork(rates, seed).verdict()
     assert len(verdict.nodes) < len(rates)
     assert slow_findings(verdict, [f"h{idx}" for idx in range(len(rates))]) is not None
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from benchmarks.namespaces import Network, closing, network, why_not
 from launcher.fabric import conduct as conducting
 from launcher.fabric.conduct import Wishes, conduct
 from launcher.fabric.findings import Severity
 from launcher.fabric.verdict import Report
-from tests.launcher.fabric.namespaces import Network, closing, network, why_not
 
 REASON = why_not()
 pytestmark = [
