@@ -76,11 +76,13 @@ class Worker:
     async def serve(self) -> None:
         loop = asyncio.get_running_loop()
         decoder = wire.Decoder()
-        while data := await loop.sock_recv(self._sock, READ_BYTES):
-            for frame in decoder.feed(data):
-                task = asyncio.create_task(self._answer(frame))
-                self._tasks.add(task)
-                task.add_done_callback(self._tasks.discard)
+        # A daemon that is killed with our answers unread resets the connection: the end, like any other.
+        with contextlib.suppress(ConnectionError):
+            while data := await loop.sock_recv(self._sock, READ_BYTES):
+                for frame in decoder.feed(data):
+                    task = asyncio.create_task(self._answer(frame))
+                    self._tasks.add(task)
+                    task.add_done_callback(self._tasks.discard)
         for task in list(self._tasks):
             task.cancel()
         await self._fetches.close()

@@ -386,7 +386,8 @@ class Soak:
         wait_until(lambda: self.daemon.status()["in_flight_blocks"] == 0, "nothing is under way", 120)
         status = self.daemon.status()
         assert status["held_bytes"] == status["waiting_requests"] == status["streams"] == 0, status
-        assert status["files"] == status["extents"] == len(self.daemon.extent_files), status
+        num_indexes = len(list(self.daemon.dir.rglob("*.idx")))
+        assert status["extents"] == len(self.daemon.extent_files) == status["files"] - num_indexes, status
         assert self.daemon.disk_bytes() <= status["used_bytes"] <= status["capacity_bytes"], status
         assert not list(self.daemon.dir.glob("extents/*/*.tmp")), "half-made files were left"
         wait_until(lambda: _descriptors(self.daemon.pid) <= baseline + 2, "no descriptor was leaked", 60)
