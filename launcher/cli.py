@@ -20,6 +20,7 @@ from launcher.spec import Program, ProgramKind
 if TYPE_CHECKING:
     from launcher.cluster.ports import Cluster
     from launcher.cluster.preflighted import Measurable
+    from launcher.exclusion_file import ExclusionFile
     from launcher.fabric.doctor import Nodes
     from launcher.options.intent import Intent
     from launcher.spec import JobSpec
@@ -76,18 +77,20 @@ def _run(argv: list[str]) -> int:
     check_program(intent.spec.program)
     for note in intent.notes:
         print(f"launcher: {note}", file=sys.stderr)
-    spec, cluster = _place(intent)
     from launcher import controller
-
-    return controller.run(spec, _measured_first(cluster, intent.address) if spec.preflight else cluster)
-
-
-def _measured_first(cluster: Measurable, address: str | None) -> Cluster:
-    from launcher.cluster.preflighted import Preflighted
     from launcher.exclusion_file import NOWHERE, ExclusionFile, default_path
 
     # On one machine there is nobody to leave out, so nothing to remember.
-    return Preflighted(cluster, ExclusionFile(NOWHERE if address is None else default_path(os.environ)))
+    remembered = NOWHERE if intent.address is None else intent.spec.exclude_file or default_path(os.environ)
+    exclusions = ExclusionFile(remembered)
+    spec, cluster = _place(intent, exclusions)
+    return controller.run(spec, _measured_first(cluster, exclusions) if spec.preflight else cluster, exclusions)
+
+
+def _measured_first(cluster: Measurable, exclusions: ExclusionFile) -> Cluster:
+    from launcher.cluster.preflighted import Preflighted
+
+    return Preflighted(cluster, exclusions)
 
 
 def _nodes_of_cluster(address: str) -> Nodes:
@@ -96,7 +99,7 @@ def _nodes_of_cluster(address: str) -> Nodes:
     return ClusterDoctor(address)
 
 
-def _place(intent: Intent) -> tuple[JobSpec, Measurable]:
+def _place(intent: Intent, exclusions: ExclusionFile) -> tuple[JobSpec, Measurable]:
     """The cluster, and the job with its number of ranks per node, which the machine or the cluster knows."""
     if intent.address is None:
         from launcher.cluster.local import LocalCluster
@@ -109,7 +112,7 @@ def _place(intent: Intent) -> tuple[JobSpec, Measurable]:
         return spec, LocalCluster()
     from launcher.cluster.ray import connect
 
-    cluster = connect(intent.address, intent.spec)
+    cluster = connect(intent.address, intent.spec, exclusions)
     try:
         return cluster.fill_in(intent.spec, intent.procs_wish), cluster
     except BaseException:

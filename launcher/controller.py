@@ -16,15 +16,19 @@ from launcher import messages, rundir
 from launcher.checkup import Checkup
 from launcher.cluster.ports import Clock, Cluster, Journal
 from launcher.console import Console
-from launcher.errors import EXIT_INTERNAL, LauncherError
+from launcher.errors import EXIT_INTERNAL, LauncherError, NodeError
+from launcher.exclusion import Verdict
+from launcher.exclusion_file import NOWHERE, ExclusionFile
 from launcher.gang import machine
 from launcher.gang.events import (
     AcquireNodes,
     Action,
     Announce,
     AttemptEnded,
+    BlameNode,
     CacheFailed,
     CacheServing,
+    ClusterLost,
     Event,
     FabricFound,
     FabricSurveyed,
@@ -42,8 +46,10 @@ from launcher.gang.events import (
     StopRequested,
     Tick,
 )
+from launcher.gang.history import Rules
 from launcher.gang.masking import masked_args
 from launcher.gang.observations import NodeProgress
+from launcher.gang.world import World
 from launcher.journal import FileJournal, JobBegan, JobEnded
 from launcher.spec import JobSpec
 
@@ -58,18 +64,18 @@ class SystemClock:
         return time.time()
 
 
-def run(spec: JobSpec, cluster: Cluster) -> int:
+def run(spec: JobSpec, cluster: Cluster, exclusions: ExclusionFile | None = None) -> int:
     """Runs the job to its end and returns the exit code of the command. Called once, from the main thread (it handles signals).
 
     Makes the run directory, prints its path, opens the cluster, closes it whatever happens. Raises LauncherError (with its
-    `exit_code`) when nothing could be started; the caller prints it.
+    `exit_code`) when nothing could be started; the caller prints it. exclusions: where nodes that fail are remembered.
     """
     clock = SystemClock()
     run_dir = rundir.create(spec, os.environ.get("RAILHEAD_RUNS"))
     rundir.write_spec(run_dir, spec)
     console = Console(spec.line_prefix)
     journal = FileJournal(os.path.join(run_dir, "journal.jsonl"), clock, console.say)
-    controller = Controller(spec, cluster, run_dir, journal, console, clock)
+    controller = Controller(spec, cluster, run_dir, journal, console, clock, exclusions)
     forget_signals = _handle_signals(spec.signals_to_handle, controller.events.put)
     try:
         return controller.run()
@@ -120,7 +126,14 @@ class Controller:
     """One job. `run` is called once."""
 
     def __init__(
-        self, spec: JobSpec, cluster: Cluster, run_dir: str, journal: Journal, console: Console, clock: Clock
+        self,
+        spec: JobSpec,
+        cluster: Cluster,
+        run_dir: str,
+        journal: Journal,
+        console: Console,
+        clock: Clock,
+        exclusions: ExclusionFile | None = None,
     ) -> None:
         self.events: queue.SimpleQueue[Event | OutputEnded] = queue.SimpleQueue()
         """SimpleQueue, because signal handlers put into it."""
@@ -134,6 +147,7 @@ class Controller:
         self._output_ended: set[tuple[int, str]] = set()
         self._num_attempts = 0
         self._checkup = Checkup(spec, run_dir, self.events.put)
+        self._exclusions = exclusions or ExclusionFile(NOWHERE, clock.wall_s)
 
     def run(self) -> int:
         """To the end of the job; returns the exit code."""
@@ -152,7 +166,8 @@ class Controller:
         return ended.exit_code
 
     def _loop(self) -> machine.Ended:
-        rules = machine.Rules(self._spec.restarts, self._spec.shutdown_timeout_s)
+        spec = self._spec
+        rules = Rules(spec.restarts, spec.shutdown_timeout_s, spec.min_nodes, spec.max_nodes, spec.grow_delay_s)
         self._state, actions = machine.begin(rules)
         self._perform(actions)
         while not isinstance(self._state, machine.Ended):
@@ -166,13 +181,17 @@ class Controller:
             if isinstance(event, FabricSurveyed):
                 self._checkup.surveyed(event)
                 continue
+            if isinstance(event, ClusterLost):
+                raise NodeError(event.reason, advice="all ranks are stopped; start the cluster again, then the job")
             if isinstance(event, PlacementWaiting | CacheServing | CacheFailed | FabricFound | Notice):
                 self._console.say(messages.notice(event, self._state.history.world))
                 continue
             if isinstance(event, AttemptEnded):
                 self._ended.add((event.attempt, event.node_id))
+            # What is reported happened in the world before the step; after it another one may have begun already.
+            world = self._state.history.world
             self._state, actions = machine.step(self._state, event, self._clock.monotonic_s())
-            self._perform(actions)
+            self._perform(actions, world)
         return self._state
 
     def _next_event(self) -> Event | OutputEnded:
@@ -202,8 +221,7 @@ class Controller:
                 advice=f"please report it with {self._run_dir}",
             ) from error
 
-    def _perform(self, actions: Sequence[Action]) -> None:
-        world = self._state.history.world
+    def _perform(self, actions: Sequence[Action], world: World | None = None) -> None:
         for action in actions:
             self._journal.record(action)
             match action:
@@ -216,8 +234,8 @@ class Controller:
                     for node_id in plan.world.node_ids():
                         self._cluster.node(node_id).start_ranks(plan)
                     self._checkup.started(plan.world)
-                case StopAttempt(attempt=attempt, node_id=node_id, grace_s=grace_s, signum=signum):
-                    self._cluster.node(node_id).stop_attempt(attempt, grace_s, signum)
+                case StopAttempt(attempt, node_id, grace_s, signum, can_save):
+                    self._cluster.node(node_id).stop_attempt(attempt, grace_s, signum, can_save)
                 case Announce(text=text):
                     self._console.say(text)
                 case ReportFailure(failure=failure, consequence=consequence):
@@ -228,6 +246,10 @@ class Controller:
                     text = messages.collateral_report(root, is_new_root, collateral, world)
                     if text:
                         self._console.say(text)
+                case BlameNode(host=host, cause=cause, reason=reason):
+                    trouble = self._exclusions.remember([Verdict(host, reason, self._clock.wall_s(), cause)])
+                    if trouble:
+                        self._console.say(trouble)
                 case Finish():
                     pass  # the loop sees the state; what is released is released in `run`
 

@@ -25,6 +25,10 @@ EXIT_INTERNAL = 70
 """EX_SOFTWARE: a fault in the launcher itself. All ranks were stopped."""
 EXIT_NODE_LOST = 75
 """EX_TEMPFAIL: a node was lost, or a process of ours on it, and no restart was left. Trying again may work."""
+EXIT_CRASH_LOOP = 78
+"""EX_CONFIG: so many attempts in a row failed without progress that the next would as well. Trying again does not help."""
+EXIT_RESUMABLE = 79
+"""The job was told to stop and every rank has saved its state (`launcher.preemption`); such a rank ends with it, too. Run it again."""
 EXIT_SIGNAL_BASE = 128
 """128 + signal number: 130 after SIGINT, 143 after SIGTERM to the launcher; also for a rank that died by a signal."""
 

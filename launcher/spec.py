@@ -15,6 +15,11 @@ from launcher.errors import SpecError
 
 DEFAULT_SHUTDOWN_TIMEOUT_S = 30.0
 DEFAULT_PLACE_TIMEOUT_S = 300.0
+DEFAULT_GROW_DELAY_S = 30.0
+DEFAULT_HEARTBEAT_TIMEOUT_S = 4.0
+MIN_HEARTBEAT_TIMEOUT_S = 2.0
+DEFAULT_MAX_PREEMPTIONS = 1000
+DEFAULT_CRASH_LOOP = 10
 MAX_PROCS_PER_NODE = 1024
 """No machine has so many accelerators; a mistyped number must not fill a shared machine with processes."""
 BINDINGS = ("auto", "numa", "none")
@@ -94,11 +99,21 @@ class RestartBudget:
     """How often the gang may start again. Policy that spends it: `gang/policy.py`."""
 
     max_restarts: int = 0
-    """Restarts after failures of ranks or loss of nodes, over the whole job (torchrun's `--max-restarts`)."""
+    """Restarts after failures of ranks or loss of nodes, over the whole job (torchrun's `--max-restarts`). A lost node that a spare
+    replaces costs none, nor does a node that joins."""
+    max_preemptions: int = DEFAULT_MAX_PREEMPTIONS
+    """Restarts because nodes were told to leave. Generous: on spot machines it is the ordinary course of things."""
+    crash_loop: int = DEFAULT_CRASH_LOOP
+    """So many attempts in a row that failed without progress end the job, whatever is left of the budget. 0: never."""
 
     def __post_init__(self) -> None:
-        if self.max_restarts < 0:
-            raise SpecError(f"--max-restarts {self.max_restarts} is negative", advice="give 0 or more")
+        for flag, value in (
+            ("--max-restarts", self.max_restarts),
+            ("--max-preemptions", self.max_preemptions),
+            ("--crash-loop", self.crash_loop),
+        ):
+            if value < 0:
+                raise SpecError(f"{flag} {value} is negative", advice="give 0 or more")
 
 
 @dataclass(frozen=True)
@@ -214,6 +229,16 @@ class JobSpec:
     """How long to wait for resources that may still come (an autoscaler, another job's end). What can never fit is refused at once."""
     signals_to_handle: tuple[str, ...] = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
     """On these the launcher stops the gang and ends with 128 + number."""
+    spare_nodes: int = 0
+    """Nodes beyond `max_nodes` that are held warm, without ranks, to take the place of a lost one."""
+    grow_delay_s: float = DEFAULT_GROW_DELAY_S
+    """A world smaller than `max_nodes` restarts with nodes that have joined when none has for so long: several often come together."""
+    heartbeat_timeout_s: float = DEFAULT_HEARTBEAT_TIMEOUT_S
+    """A node that has not answered for so long is lost; its agent ends its ranks before (cluster/ray/lease.py)."""
+    exclude: tuple[str, ...] = ()
+    """Hosts on which no agent is started; `("none",)`: none, not even those that are remembered."""
+    exclude_file: str = ""
+    """Where bad nodes are remembered across jobs; `none`: nowhere. Empty: below the user's state directory."""
 
     def line_prefix(self, rank: int, local_rank: int) -> str:
         """What stands before each line of this rank on the terminal.
@@ -239,6 +264,15 @@ class JobSpec:
             raise SpecError(
                 f"--nproc-per-node {self.nproc_per_node}: more than {MAX_PROCS_PER_NODE} ranks on one node are taken for a slip",
                 advice="it is the number of ranks on each node, usually one per GPU",
+            )
+        if self.spare_nodes < 0:
+            raise SpecError(f"--spare-nodes {self.spare_nodes} is negative", advice="give 0 or more")
+        if self.grow_delay_s < 0:
+            raise SpecError(f"--grow-delay {self.grow_delay_s:g} is negative", advice="0 grows at once")
+        if self.heartbeat_timeout_s < MIN_HEARTBEAT_TIMEOUT_S:
+            raise SpecError(
+                f"--heartbeat-timeout {self.heartbeat_timeout_s:g}: nodes are asked a few times a second, and a busy one may take longer",
+                advice=f"give {MIN_HEARTBEAT_TIMEOUT_S:g} or more",
             )
         if self.master_port is not None and not 0 < self.master_port < 65536:
             raise SpecError(

@@ -6,13 +6,17 @@ can be ended with all that it started, by its pid.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
+
+from launcher.node.guardian import descendants_of
 
 _SERVE = """
 import sys
@@ -50,11 +54,22 @@ class RayUnderTest:
         return int(self.server.stdout.readline())
 
 
+def kill_node(raylet_pid: int) -> None:
+    """The whole machine at once: the raylet and all that it started, frozen first so that nobody sees another die. (A raylet that dies
+    alone takes its node's ranks with it only when Ray says so, after 10 s and more.) Does nothing if it is dead already."""
+    pids = [raylet_pid, *descendants_of(raylet_pid)]
+    for signum in (signal.SIGSTOP, signal.SIGKILL):
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signum)
+
+
 def ray_environment() -> dict[str, str]:
     """The environment of whoever talks to the test's cluster: no cluster of the user's, no token, no reports."""
     hidden = ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
     kept = {name: value for name, value in os.environ.items() if name not in hidden and not name.startswith("PET_")}
-    return {**kept, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+    # Nodes that a test loses must not be remembered for the jobs of whoever runs the tests.
+    return {**kept, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "PET_EXCLUDE_FILE": "none"}
 
 
 @pytest.fixture(scope="session")

@@ -40,8 +40,9 @@ class NodeHandle(Protocol):
         """Starts this node's ranks of the plan. Answered by RanksStarted or NodeFailed, later by a RankExited for each rank started."""
         ...
 
-    def stop_attempt(self, attempt: int, grace_s: float, signum: int) -> None:
+    def stop_attempt(self, attempt: int, grace_s: float, signum: int, can_save: bool = False) -> None:
         """Sends `signum` to each rank's main process alone, after the grace SIGKILL to all that is left (0: at once, and no `signum`).
+        Unless they `can_save`, ranks that use `launcher.preemption` get SIGKILL at once: they would wait for ranks that are dead.
         Answered by exactly one AttemptEnded (after every RankExited), or NodeLost. A second call before that sends no `signum` again, it
         can only shorten the grace. On the logs' road an OutputEnded follows, when all shown output of the attempt has been handed on."""
         ...
@@ -59,9 +60,12 @@ class Cluster(Protocol):
         ...
 
     def acquire(self, keep: tuple[str, ...]) -> None:
-        """Asks for min_nodes to max_nodes nodes with an agent on each, all or none, keeping those named. Returns at once. Answered by
-        any number of PlacementWaiting, then NodesReady (all held nodes; the order is the order of node ranks for newcomers, stable from
-        attempt to attempt) or PlacementRefused, after which nothing is held."""
+        """Asks for min_nodes to max_nodes nodes with an agent on each, all or none, keeping those named and letting go of all others.
+        Returns at once. Answered by any number of PlacementWaiting, then NodesReady (all held nodes; the order is the order of node ranks
+        for newcomers, stable from attempt to attempt) or PlacementRefused, after which nothing is held.
+
+        From then on, until there are max_nodes and spare_nodes of them, further nodes come with NodeJoined as they can be had, each under
+        an id that no node had before; and a held node that is told to leave is a NodeDraining, once."""
         ...
 
     def node(self, node_id: str) -> NodeHandle:

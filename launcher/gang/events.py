@@ -11,6 +11,7 @@ import signal
 from dataclasses import dataclass, field
 
 from launcher.errors import EXIT_SIGNAL_BASE
+from launcher.exclusion import Cause
 from launcher.gang.observations import NodeProgress
 from launcher.gang.world import NodeInfo, World
 from launcher.spec import Stream
@@ -172,6 +173,24 @@ class NodeLost:
 
 
 @dataclass(frozen=True)
+class NodeJoined:
+    """One more node is held and its agent answers: a spare, until the gang has use for it."""
+
+    node: NodeInfo
+
+
+@dataclass(frozen=True)
+class NodeDraining:
+    """A held node was told to leave (a spot notice, a drain by the cluster, SIGTERM to its pod). It still works."""
+
+    node_id: str
+    reason: str
+    deadline_in_s: float | None
+    """It is gone after so many seconds; None: nobody says when."""
+    at_s: float
+
+
+@dataclass(frozen=True)
 class StopRequested:
     """The launcher's own process was sent this signal."""
 
@@ -192,6 +211,8 @@ Fact = (
     | NodeFailed
     | AttemptEnded
     | NodeLost
+    | NodeJoined
+    | NodeDraining
     | StopRequested
     | Tick
 )
@@ -262,7 +283,16 @@ class Notice:
 
 
 Notices = PlacementWaiting | CacheServing | CacheFailed | FabricFound | Notice
-Event = Fact | Notices | FabricSurveyed | NodeProgress
+
+
+@dataclass(frozen=True)
+class ClusterLost:
+    """What the nodes came from is gone: nothing can be started or replaced any more. The job ends; there is nothing to decide."""
+
+    reason: str
+
+
+Event = Fact | Notices | FabricSurveyed | NodeProgress | ClusterLost
 
 
 @dataclass(frozen=True)
@@ -328,6 +358,9 @@ class StopAttempt:
     grace_s: float
     signum: int
     """What the launcher was sent itself, so that Ctrl-C is a KeyboardInterrupt in the script; SIGTERM after a failure."""
+    can_save: bool = False
+    """True: all ranks live, so those that use `launcher.preemption` may agree on a step and save. False: one has failed, there is nobody
+    to agree with, and those are killed at once, for they do not die of the signal."""
 
 
 @dataclass(frozen=True)
@@ -358,6 +391,15 @@ class ReportCollateral:
 
 
 @dataclass(frozen=True)
+class BlameNode:
+    """Remember, also for later jobs, that this node is to blame."""
+
+    host: str
+    cause: Cause
+    reason: str
+
+
+@dataclass(frozen=True)
 class Finish:
     """The job is over; release everything and end with this code."""
 
@@ -365,6 +407,16 @@ class Finish:
     reason: str
 
 
-Action = AcquireNodes | OpenStore | StartRanks | StopAttempt | Announce | ReportFailure | ReportCollateral | Finish
+Action = (
+    AcquireNodes
+    | OpenStore
+    | StartRanks
+    | StopAttempt
+    | Announce
+    | ReportFailure
+    | ReportCollateral
+    | BlameNode
+    | Finish
+)
 Failure = RankExited | NodeFailed | NodeLost
 """What can make an attempt fail. All have `at_s`."""

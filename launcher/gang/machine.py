@@ -16,8 +16,9 @@ import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from launcher.errors import EXIT_REFUSED, InvalidTransition
+from launcher.errors import EXIT_RESUMABLE, InvalidTransition
 from launcher.gang import policy
+from launcher.gang.blame import blame
 from launcher.gang.events import (
     AcquireNodes,
     Action,
@@ -27,7 +28,9 @@ from launcher.gang.events import (
     Fact,
     Failure,
     Finish,
+    NodeDraining,
     NodeFailed,
+    NodeJoined,
     NodeLost,
     NodesReady,
     OpenStore,
@@ -42,8 +45,9 @@ from launcher.gang.events import (
     StoreOpened,
     Tick,
 )
-from launcher.gang.world import World, arrange
-from launcher.spec import RestartBudget
+from launcher.gang.history import History, Rules, drain_grace_s, note_who_is_held, seat
+from launcher.gang.sayings import describe, how_stopped
+from launcher.gang.world import NodeInfo, World
 
 STOP_MARGIN_S = 10.0
 """A node that has not ended an attempt this long after the grace is treated as lost."""
@@ -52,47 +56,28 @@ _SIGTERM, _SIGKILL = int(signal.SIGTERM), int(signal.SIGKILL)  # plain numbers, 
 
 
 @dataclass(frozen=True)
-class Rules:
-    """What of the JobSpec the machine needs."""
-
-    restarts: RestartBudget
-    grace_s: float
-
-
-@dataclass(frozen=True)
-class History:
-    """What is carried from state to state."""
-
-    rules: Rules
-    attempt: int = 0
-    world: World | None = None
-    attempt_began_s: float = 0.0
-    num_quick: int = 0
-    """Attempts in a row that failed early."""
-    last_root: Failure | None = None
-    story: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
 class Placing:
     """Waiting for nodes."""
 
     history: History
+    joined: tuple[NodeInfo, ...] = ()
+    """Nodes that came meanwhile; NodesReady need not name them (the others may be measured first)."""
 
     def on(self, event: Fact, now: float) -> Move:
         match event:
             case NodesReady(nodes=nodes):
-                world = arrange(nodes, self.history.world)
-                return _open_store(replace(self.history, world=world), now)
+                return _open_store(seat(self.history, nodes, self.joined), now)
             case PlacementRefused(reason=reason, advice=advice):
-                root = self.history.last_root
                 told = f"{reason}. {advice}" if advice else reason
-                return _end(self.history, policy.exit_code_of(root) if root else EXIT_REFUSED, told)
+                return _end(self.history, policy.after_refusal(self.history.last_root, self.history.is_saved), told)
             case StopRequested(signum=signum):
-                decision = policy.after_interrupt(signum)
-                return _end(self.history, decision.exit_code, decision.reason)
-            case NodeLost() | Tick():
-                return stay(self)
+                return _end_interrupted(self.history, signum)
+            case NodeJoined(node=node):
+                return replace(self, joined=(*self.joined, node)), ()
+            case NodeLost(node_id=node_id):
+                return replace(self, joined=tuple(node for node in self.joined if node.node_id != node_id)), ()
+            case NodeDraining() | Tick():
+                return stay(self)  # a node that is told to leave is not among those that NodesReady will name
         raise _unexpected(self, event)
 
 
@@ -106,40 +91,63 @@ class OpeningStore:
         match event:
             case StoreOpened(address=address):
                 plan = AttemptPlan(self.history.attempt, _world(self.history), address)
-                return Running(self.history), (StartRanks(plan),)
+                return Running(self.history, grow_at_s=_when_to_grow(self.history, now)), (StartRanks(plan),)
             case NodeFailed() | NodeLost():
                 return _stop_failed(self.history, event, now, num_others=0)
+            case NodeDraining():
+                return _stop_preempted(self.history, event, now, good=0)
             case StopRequested(signum=signum):
-                return _stop_interrupted(self.history, signum, now)
-            case Tick():
+                return _stop_interrupted(self.history, signum, now, good=0, num_running=0)
+            case NodeJoined() | Tick():
                 return stay(self)
         raise _unexpected(self, event)
 
 
 @dataclass(frozen=True)
 class Running:
-    """Ranks run. `succeeded` have ended with 0."""
+    """Ranks run."""
 
     history: History
-    succeeded: frozenset[int] = frozenset()
+    good: int = 0
+    """Ranks that have ended with 0, as bits: a set of thousands would be copied at every end."""
+    grow_at_s: float | None = None
+    """When the gang starts again with nodes that have joined."""
 
     def on(self, event: Fact, now: float) -> Move:
         match event:
             case RankExited(rank=rank, status=status) if status.is_success:
-                succeeded = self.succeeded | {rank}
-                if len(succeeded) == _world(self.history).world_size:
-                    stopping = Stopping(self.history, StopCause.SUCCESS, now + STOP_MARGIN_S)
+                good = self.good | 1 << rank
+                if good.bit_count() == _world(self.history).world_size:
+                    stopping = Stopping(self.history, StopCause.SUCCESS, now + STOP_MARGIN_S, good=good)
                     return stopping, _kill_actions(stopping)
-                return replace(self, succeeded=succeeded), ()
+                return replace(self, good=good), ()
             case RankExited() | NodeFailed() | NodeLost():
-                num_running = _world(self.history).world_size - len(self.succeeded)
-                num_others = num_running - 1 if isinstance(event, RankExited) else num_running
-                return _stop_failed(self.history, event, now, num_others)
+                return _stop_failed(self.history, event, now, self._num_running() - self._num_gone(event))
+            case NodeJoined():
+                return replace(self, grow_at_s=_when_to_grow(self.history, now)), ()
+            case NodeDraining():
+                return _stop_preempted(self.history, event, now, self.good)
             case StopRequested(signum=signum):
-                return _stop_interrupted(self.history, signum, now)
+                return _stop_interrupted(self.history, signum, now, self.good, self._num_running())
+            case Tick() if self.grow_at_s is not None and now >= self.grow_at_s:
+                if self.history.can_grow() and not self.good:
+                    return _stop_to_grow(self.history, now)
+                return replace(self, grow_at_s=None), ()  # the spare is gone again, or the job is nearly done
             case RanksStarted() | Tick():
                 return stay(self)
         raise _unexpected(self, event)
+
+    def _num_running(self) -> int:
+        return _world(self.history).world_size - self.good.bit_count()
+
+    def _num_gone(self, failure: Failure) -> int:
+        """Ranks that ran and have gone with it."""
+        match failure:
+            case RankExited():
+                return 1
+            case NodeLost(node_id=node_id):
+                return sum(not self.good >> member.rank & 1 for member in _world(self.history).members_of(node_id))
+        return 0
 
 
 class StopCause(enum.Enum):
@@ -148,6 +156,8 @@ class StopCause(enum.Enum):
     SUCCESS = "every rank ended with 0"
     FAILURE = "something failed"
     SIGNAL = "a signal was sent to the launcher"
+    PREEMPTION = "nodes were told to leave"
+    GROWTH = "nodes have joined"
 
 
 @dataclass(frozen=True)
@@ -162,43 +172,62 @@ class Stopping:
     ended: frozenset[str] = frozenset()
     """Nodes on which nothing of the attempt is alive."""
     lost: frozenset[str] = frozenset()
+    good: int = 0
+    """Ranks that have ended with 0, as bits."""
+    num_to_save: int = 0
+    """Ranks that ran when they were told to stop."""
+    num_saved: int = 0
+    """Of these, those that have saved their state."""
 
     def on(self, event: Fact, now: float) -> Move:
         match event:
-            case RankExited(status=status) if not status.is_success:
-                return self._collect(event), ()
-            case NodeFailed():
-                return self._collect(event), ()
+            case RankExited(rank=rank, status=status) if status.is_success:
+                return replace(self, good=self.good | 1 << rank), ()
+            case RankExited(status=status) if status.code == EXIT_RESUMABLE and self.cause is not StopCause.FAILURE:
+                return replace(self, num_saved=self.num_saved + 1), ()
+            case RankExited() | NodeFailed():
+                return replace(self, failures=(*self.failures, event)), ()
             case AttemptEnded(node_id=node_id):
                 return _conclude_if_over(replace(self, ended=self.ended | {node_id}), now)
             case NodeLost(node_id=node_id):
-                return _conclude_if_over(replace(self._collect(event), lost=self.lost | {node_id}), now)
+                after = replace(self, failures=(*self.failures, event), lost=self.lost | {node_id})
+                return _conclude_if_over(after, now)
             case StopRequested(signum=signum):
-                interrupted_by = signum if self.interrupted_by is None else self.interrupted_by
-                deadline_s = min(self.deadline_s, now + STOP_MARGIN_S)
-                hurried = replace(self, interrupted_by=interrupted_by, deadline_s=deadline_s)
-                return hurried, (Announce("killing what is left at once"), *_kill_actions(hurried))
+                return self._hurry(signum, now)
             case Tick() if now >= self.deadline_s:
                 return self._give_up_on_silent_nodes(now)
-            case RankExited() | RanksStarted() | StoreOpened() | Tick():
+            case RanksStarted() | StoreOpened() | NodeJoined() | NodeDraining() | Tick():
                 return stay(self)
         raise _unexpected(self, event)
 
-    def _collect(self, failure: Failure) -> Stopping:
-        """Collateral of a failure is told to the user. After a success or a signal, what goes wrong on the way out harms nobody."""
-        return replace(self, failures=(*self.failures, failure)) if self.cause is StopCause.FAILURE else self
+    @property
+    def is_saved(self) -> bool:
+        """Every rank that was told to stop has saved its state."""
+        return 0 < self.num_to_save == self.num_saved
+
+    def _hurry(self, signum: int, now: float) -> Move:
+        interrupted_by = signum if self.interrupted_by is None else self.interrupted_by
+        if self.cause in (StopCause.PREEMPTION, StopCause.GROWTH) and self.interrupted_by is None:
+            # Ranks are saving already; whoever stops us now wants what they save as well. The next signal is the second one.
+            told = Announce(
+                f"{signal.Signals(signum).name}: ranks are being stopped already; a second signal kills at once"
+            )
+            return replace(self, cause=StopCause.SIGNAL, interrupted_by=signum), (told,)
+        deadline_s = min(self.deadline_s, now + STOP_MARGIN_S)
+        hurried = replace(self, interrupted_by=interrupted_by, deadline_s=deadline_s)
+        return hurried, (Announce("killing what is left at once"), *_kill_actions(hurried))
 
     def _give_up_on_silent_nodes(self, now: float) -> Move:
         silent = self.waiting_for()
         reason = f"has not ended attempt {self.history.attempt} {STOP_MARGIN_S:g} s after its ranks had to be dead"
-        after = replace(self, lost=self.lost | frozenset(silent))
-        for node_id in silent:
-            # No time of its own: it is a consequence, never the root.
-            after = after._collect(NodeLost(node_id, reason, float("inf")))
+        # No time of their own: they are a consequence, never the root.
+        lost = tuple(NodeLost(node_id, reason, float("inf")) for node_id in silent)
+        after = replace(self, lost=self.lost | frozenset(silent), failures=(*self.failures, *lost))
         return _conclude_if_over(after, now)
 
     def waiting_for(self) -> tuple[str, ...]:
-        return tuple(node_id for node_id in _world(self.history).node_ids() if node_id not in self.ended | self.lost)
+        over = self.ended | self.lost
+        return tuple(node_id for node_id in _world(self.history).node_ids() if node_id not in over)
 
 
 @dataclass(frozen=True)
@@ -216,9 +245,8 @@ class BackingOff:
             case NodeLost(node_id=node_id):
                 return replace(self, lost=self.lost | {node_id}), ()
             case StopRequested(signum=signum):
-                decision = policy.after_interrupt(signum)
-                return _end(self.history, decision.exit_code, decision.reason)
-            case Tick():
+                return _end_interrupted(self.history, signum)
+            case NodeJoined() | NodeDraining() | Tick():
                 return stay(self)
         raise _unexpected(self, event)
 
@@ -257,37 +285,41 @@ def begin(rules: Rules) -> Move:
 
 def step(state: State, event: Fact, now: float) -> Move:
     """The next state, and what shall be done. `now` is monotonic seconds. Raises InvalidTransition and changes nothing."""
-    if isinstance(event, NodeLost) and state.history.world and event.node_id not in state.history.world.node_ids():
-        return stay(state)
     attempt = getattr(event, "attempt", None)
     if attempt is not None and attempt < state.history.attempt:
         return stay(state)
     if attempt is not None and attempt > state.history.attempt and not isinstance(state, Ended):
         raise _unexpected(state, event)
-    after, actions = state.on(event, now)
+    after: State = state
+    actions: Sequence[Action] = ()
+    is_all = False
+    if not isinstance(state, Placing | Ended):  # while nodes are asked for, what NodesReady will name is what is held
+        history, actions, is_all = note_who_is_held(state.history, event)
+        after = state if history is state.history else replace(state, history=history)
+    if not is_all:
+        after, more = after.on(event, now)
+        actions = (*actions, *more)
     if after is state:
         return state, actions
     if type(after) is not type(state) and type(after) not in TRANSITIONS[type(state)]:
         raise _unexpected(state, event, f"to {type(after).__name__}")
-    told = f"{now:.3f} {type(state).__name__} -- {describe(event)} --> {type(after).__name__}"
-    history = replace(after.history, story=(*after.history.story, told)[-_STORY_LENGTH:])
+    line = f"{now:.3f} {type(state).__name__} -- {describe(event)} --> {type(after).__name__}"
+    history = replace(after.history, story=(*after.history.story, line)[-_STORY_LENGTH:])
     return replace(after, history=history), actions
 
 
 def deadline_s(state: State) -> float | None:
     """When the state wants a Tick (monotonic); None: never."""
-    return state.deadline_s if isinstance(state, Stopping | BackingOff) else None
+    match state:
+        case Stopping(deadline_s=deadline_s) | BackingOff(deadline_s=deadline_s):
+            return deadline_s
+        case Running(grow_at_s=grow_at_s):
+            return grow_at_s
+    return None
 
 
 def stay(state: State) -> Move:
     return state, ()
-
-
-def describe(event: Fact) -> str:
-    """One short line for the story."""
-    names = ("attempt", "node_id", "rank", "status", "signum", "reason")
-    details = [f"{name}={getattr(event, name)}" for name in names if hasattr(event, name)]
-    return f"{type(event).__name__}({', '.join(details)})"
 
 
 # --- moves that several states make -----------------------------------------------------------------------------------------------------
@@ -298,25 +330,22 @@ def _world(history: History) -> World:
     return history.world
 
 
+def _when_to_grow(history: History, now: float) -> float | None:
+    return now + history.rules.grow_delay_s if history.can_grow() else None
+
+
 def _open_store(history: History, now: float) -> Move:
-    history = replace(history, attempt_began_s=now)
+    history = replace(history, attempt_began_s=now, is_saved=False)
     return OpeningStore(history), (OpenStore(history.attempt, _world(history).nodes[0].node_id),)
 
 
-def _stop_actions(stopping: Stopping, signum: int) -> Sequence[Action]:
-    """With the grace that the user gave."""
-    attempt, grace_s = stopping.history.attempt, stopping.history.rules.grace_s
-    return tuple(StopAttempt(attempt, node_id, grace_s, signum) for node_id in stopping.waiting_for())
+def _stop_actions(stopping: Stopping, signum: int, grace_s: float, can_save: bool) -> Sequence[Action]:
+    attempt = stopping.history.attempt
+    return tuple(StopAttempt(attempt, node_id, grace_s, signum, can_save) for node_id in stopping.waiting_for())
 
 
 def _kill_actions(stopping: Stopping) -> Sequence[Action]:
-    attempt = stopping.history.attempt
-    return tuple(StopAttempt(attempt, node_id, 0.0, _SIGKILL) for node_id in stopping.waiting_for())
-
-
-def _how_stopped(signum: int, grace_s: float) -> str:
-    """`SIGTERM, SIGKILL after 30 s`."""
-    return f"{signal.Signals(signum).name}, SIGKILL after {grace_s:g} s" if grace_s else "SIGKILL"
+    return _stop_actions(stopping, _SIGKILL, 0.0, can_save=False)
 
 
 def _stop_failed(history: History, failure: Failure, now: float, num_others: int) -> Move:
@@ -325,48 +354,107 @@ def _stop_failed(history: History, failure: Failure, now: float, num_others: int
     lost = frozenset({failure.node_id}) if isinstance(failure, NodeLost) else frozenset()
     deadline_s = now + grace_s + STOP_MARGIN_S
     stopping = Stopping(history, StopCause.FAILURE, deadline_s, (failure,), lost=lost)
-    grace = _how_stopped(_SIGTERM, grace_s)
+    grace = how_stopped(_SIGTERM, grace_s)
     others = {0: "", 1: f"stopping the other rank ({grace})"}
     consequence = others.get(num_others, f"stopping the other {num_others} ranks ({grace})")
     after, more = _conclude_if_over(stopping, now)
-    return after, (ReportFailure(history.attempt, failure, consequence), *_stop_actions(stopping, _SIGTERM), *more)
+    report = ReportFailure(history.attempt, failure, consequence)
+    return after, (report, *_stop_actions(stopping, _SIGTERM, grace_s, can_save=False), *more)
 
 
-def _stop_interrupted(history: History, signum: int, now: float) -> Move:
+def _stop_interrupted(history: History, signum: int, now: float, good: int, num_running: int) -> Move:
     grace_s = history.rules.grace_s
-    stopping = Stopping(history, StopCause.SIGNAL, now + grace_s + STOP_MARGIN_S, interrupted_by=signum)
+    deadline_s = now + grace_s + STOP_MARGIN_S
+    stopping = Stopping(
+        history, StopCause.SIGNAL, deadline_s, interrupted_by=signum, good=good, num_to_save=num_running
+    )
     name = signal.Signals(signum).name
-    told = Announce(f"{name}: stopping all ranks ({_how_stopped(signum, grace_s)}; a second signal kills at once)")
-    return stopping, (told, *_stop_actions(stopping, signum))
+    told = Announce(f"{name}: stopping all ranks ({how_stopped(signum, grace_s)}; a second signal kills at once)")
+    return stopping, (told, *_stop_actions(stopping, signum, grace_s, can_save=True))
+
+
+def _stop_preempted(history: History, event: NodeDraining, now: float, good: int) -> Move:
+    return _stop_to_save(history, StopCause.PREEMPTION, drain_grace_s(event, history.rules.grace_s), now, good)
+
+
+def _stop_to_grow(history: History, now: float) -> Move:
+    return _stop_to_save(history, StopCause.GROWTH, history.rules.grace_s, now, good=0)
+
+
+def _stop_to_save(history: History, cause: StopCause, grace_s: float, now: float, good: int) -> Move:
+    """Nothing has failed: ranks may save before the next attempt."""
+    num_running = _world(history).world_size - good.bit_count()
+    stopping = Stopping(history, cause, now + grace_s + STOP_MARGIN_S, good=good, num_to_save=num_running)
+    told = Announce(f"{cause.value}: stopping all ranks so that they can save ({how_stopped(_SIGTERM, grace_s)})")
+    return stopping, (told, *_stop_actions(stopping, _SIGTERM, grace_s, can_save=True))
 
 
 def _conclude_if_over(stopping: Stopping, now: float) -> Move:
     if stopping.waiting_for():
         return stopping, ()
-    if stopping.cause is StopCause.FAILURE:
-        return _conclude_failure(stopping, now)
-    if stopping.cause is StopCause.SIGNAL:
-        assert stopping.interrupted_by is not None
-        decision = policy.after_interrupt(stopping.interrupted_by)
-        return _end(stopping.history, decision.exit_code, decision.reason)
-    return _end(stopping.history, 0, stopping.cause.value)
+    history = replace(stopping.history, is_saved=stopping.is_saved)
+    match stopping.cause:
+        case StopCause.FAILURE:
+            return _conclude_failure(stopping, now)
+        case StopCause.SIGNAL:
+            assert stopping.interrupted_by is not None
+            return _end_interrupted(history, stopping.interrupted_by)
+        case StopCause.PREEMPTION | StopCause.GROWTH:
+            if stopping.good.bit_count() == _world(history).world_size:
+                return _end(history, 0, StopCause.SUCCESS.value)
+            return _conclude_pause(replace(stopping, history=history), now)
+        case StopCause.SUCCESS:
+            return _end(history, 0, stopping.cause.value)
 
 
 def _conclude_failure(stopping: Stopping, now: float) -> Move:
     history, failures = stopping.history, stopping.failures
     root = policy.root_cause(failures)
     collateral = tuple(failure for failure in failures if failure is not root)
-    report = ReportCollateral(history.attempt, root, root is not failures[0], collateral)
-    quick = policy.is_quick(now - history.attempt_began_s)
-    history = replace(history, num_quick=history.num_quick + 1 if quick else 0, last_root=root)
+    said: list[Action] = [ReportCollateral(history.attempt, root, root is not failures[0], collateral)]
+    blamed = blame(history, root)
+    if blamed is not None:
+        said.append(blamed)
+    quick = policy.is_quick(now - history.attempt_began_s, root)
+    num_quick = history.num_quick + 1 if quick else 0
+    history = replace(history, num_quick=num_quick, last_root=root)
+    # A spare is there for lost nodes; a gang that still has all its nodes, or cannot be whole again, pays as after any failure.
+    is_free = isinstance(root, NodeLost) and len(history.usable(stopping.lost)) >= history.size
     decision = policy.after_failure(
-        history.rules.restarts, history.attempt, history.num_quick, root, stopping.interrupted_by
+        history.rules.restarts, history.num_restarts, num_quick, root, stopping.interrupted_by, is_free
     )
     if isinstance(decision, policy.GiveUp):
         state, actions = _end(history, decision.exit_code, decision.reason)
     else:
+        paid = history if is_free else replace(history, num_restarts=history.num_restarts + 1)
+        state, actions = _restart(paid, decision, stopping.lost, now)
+    return state, (*said, *actions)
+
+
+def _conclude_pause(stopping: Stopping, now: float) -> Move:
+    """After a preemption or for growth: what could not be saved is said, then the next attempt."""
+    history = stopping.history
+    if stopping.is_saved:
+        said: list[Action] = [Announce(f"all {stopping.num_saved} ranks have saved their state")]
+    elif stopping.num_saved:
+        said = [Announce(f"{stopping.num_saved} of {stopping.num_to_save} ranks have saved their state")]
+    else:
+        said = []
+    told = [failure for failure in stopping.failures if policy.is_worth_telling(failure)]
+    if told:
+        said.append(
+            ReportFailure(history.attempt, policy.root_cause(told), "that was while ranks were stopped to save")
+        )
+    if stopping.cause is StopCause.GROWTH:
+        decision: policy.Decision = policy.Restart(0.0, "restart with more nodes, at no cost to --max-restarts")
+    else:
+        decision = policy.after_preemption(history.rules.restarts, history.num_preemptions, history.is_saved)
+        history = replace(history, num_preemptions=history.num_preemptions + 1)
+    if isinstance(decision, policy.GiveUp):
+        state, actions = _end(history, decision.exit_code, decision.reason)
+    else:
         state, actions = _restart(history, decision, stopping.lost, now)
-    return state, (report, *actions)
+    return state, (*said, *actions)
 
 
 def _restart(history: History, decision: policy.Restart, lost: frozenset[str], now: float) -> Move:
@@ -378,11 +466,21 @@ def _restart(history: History, decision: policy.Restart, lost: frozenset[str], n
 
 
 def _begin_again(history: History, lost: frozenset[str], now: float) -> Move:
+    """With what is held if that is enough, at once; else more nodes are asked for."""
+    usable = history.usable(lost)
     history = replace(history, attempt=history.attempt + 1)
-    if not lost:
-        return _open_store(history, now)
-    keep = tuple(node_id for node_id in _world(history).node_ids() if node_id not in lost)
-    return Placing(history), (AcquireNodes(keep),)
+    if len(usable) < history.rules.min_nodes:
+        return Placing(history), (AcquireNodes(tuple(node.node_id for node in usable)),)
+    before, history = history.size, seat(history, usable)
+    state, actions = _open_store(history, now)
+    if history.size == before:
+        return state, actions
+    return state, (Announce(f"going on with {history.size} nodes instead of {before}"), *actions)
+
+
+def _end_interrupted(history: History, signum: int) -> Move:
+    decision = policy.after_interrupt(signum, history.is_saved)
+    return _end(history, decision.exit_code, decision.reason)
 
 
 def _end(history: History, exit_code: int, reason: str) -> Move:

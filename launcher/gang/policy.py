@@ -6,8 +6,8 @@ import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from launcher.errors import EXIT_NODE_LOST, EXIT_SIGNAL_BASE
-from launcher.gang.events import Failure, RankExited
+from launcher.errors import EXIT_CRASH_LOOP, EXIT_NODE_LOST, EXIT_REFUSED, EXIT_RESUMABLE, EXIT_SIGNAL_BASE
+from launcher.gang.events import Failure, NodeLost, RankExited
 from launcher.spec import RestartBudget
 
 _QUICK_S = 30.0
@@ -60,23 +60,55 @@ def exit_code_of(failure: Failure) -> int:
 
 
 def after_failure(
-    budget: RestartBudget, num_restarts: int, num_quick: int, root: Failure, interrupted_by: int | None
+    budget: RestartBudget, num_restarts: int, num_quick: int, root: Failure, interrupted_by: int | None, is_free: bool
 ) -> Decision:
-    """num_restarts: spent so far. num_quick: attempts in a row, this one included, that lived less than `is_quick` allows."""
+    """num_restarts: spent so far. num_quick: attempts in a row, this one included, that lived less than `is_quick` allows. is_free: a node
+    was lost and a spare takes its place, which is what spares are for."""
     if interrupted_by is not None:
         return GiveUp(exit_code_of(root), f"no restart: {signal.Signals(interrupted_by).name} was sent to the launcher")
+    if is_free:
+        return Restart(0.0, "restart with a spare node, at no cost to --max-restarts")
     if budget.max_restarts == 0:
         return GiveUp(exit_code_of(root), "no restart: --max-restarts is 0")
     if num_restarts >= budget.max_restarts:
         return GiveUp(exit_code_of(root), f"no restart left: --max-restarts {budget.max_restarts} are spent")
-    delay_s = 0.0 if num_quick < 2 else min(_MAX_DELAY_S, _FIRST_DELAY_S * 2 ** (num_quick - 2))
+    if budget.crash_loop and num_quick >= budget.crash_loop:
+        return GiveUp(
+            EXIT_CRASH_LOOP,
+            f"the last {num_quick} attempts failed early, so another would as well (--crash-loop {budget.crash_loop}; 0 goes on for ever)",
+        )
+    delay_s = 0.0 if num_quick < 2 else min(_MAX_DELAY_S, _FIRST_DELAY_S * 2 ** min(num_quick - 2, 10))
     wait = f" in {delay_s:g} s, because the last {num_quick} attempts failed early" if delay_s else ""
     return Restart(delay_s, f"restart {num_restarts + 1} of {budget.max_restarts}{wait}")
 
 
-def is_quick(lived_s: float) -> bool:
-    return lived_s < _QUICK_S
+def after_preemption(budget: RestartBudget, num_preemptions: int, is_saved: bool) -> Decision:
+    """Nodes were told to leave, and nothing runs any more."""
+    if num_preemptions >= budget.max_preemptions:
+        code = EXIT_RESUMABLE if is_saved else EXIT_NODE_LOST
+        return GiveUp(code, f"nodes were told to leave, and --max-preemptions {budget.max_preemptions} are spent")
+    return Restart(0.0, f"preemption {num_preemptions + 1}, at no cost to --max-restarts")
 
 
-def after_interrupt(signum: int) -> GiveUp:
-    return GiveUp(EXIT_SIGNAL_BASE + signum, f"stopped by {signal.Signals(signum).name}")
+def is_quick(lived_s: float, root: Failure) -> bool:
+    """Whether an attempt failed so early that the next may fail as well. The loss of a node says nothing about that."""
+    return lived_s < _QUICK_S and not isinstance(root, NodeLost)
+
+
+def after_refusal(last_root: Failure | None, is_saved: bool) -> int:
+    """The exit code where no nodes were given: nothing was started, or nothing can go on."""
+    if is_saved:
+        return EXIT_RESUMABLE
+    return exit_code_of(last_root) if last_root else EXIT_REFUSED
+
+
+def is_worth_telling(failure: Failure) -> bool:
+    """Whether what went wrong while ranks were stopped is more than our own signals' doing."""
+    return not (isinstance(failure, RankExited) and failure.status.signum in _OUR_SIGNALS)
+
+
+def after_interrupt(signum: int, is_saved: bool = False) -> GiveUp:
+    name = signal.Signals(signum).name
+    if is_saved:
+        return GiveUp(EXIT_RESUMABLE, f"stopped by {name}, and every rank has saved its state: run it again to go on")
+    return GiveUp(EXIT_SIGNAL_BASE + signum, f"stopped by {name}")

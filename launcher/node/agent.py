@@ -129,10 +129,10 @@ class NodeAgent:
         else:
             self._post(start_then_look)
 
-    def stop_attempt(self, attempt: int, grace_s: float, signum: int) -> None:
+    def stop_attempt(self, attempt: int, grace_s: float, signum: int, can_save: bool = False) -> None:
         """The signal, grace, SIGKILL. Answered by exactly one AttemptEnded, when nothing of the attempt is alive here; its last output
         may come later, behind a slow terminal."""
-        self._post(lambda: self._stop(attempt, grace_s, signum))
+        self._post(lambda: self._stop(attempt, grace_s, signum, can_save))
 
     def close(self) -> None:
         """Kills what is left of any attempt, drains the cache daemon (2 s), ends the threads. Blocks at most some seconds; idempotent."""
@@ -285,9 +285,9 @@ class NodeAgent:
             )
         then(self._attempt)
 
-    def _stop(self, attempt: int, grace_s: float, signum: int) -> None:
+    def _stop(self, attempt: int, grace_s: float, signum: int, can_save: bool) -> None:
         if self._attempt is not None and self._attempt.number == attempt:
-            self._attempt.stop(grace_s, signum)
+            self._attempt.stop(grace_s, signum, can_save)
         elif attempt not in self._ended:  # it never began here
             self._ended.add(attempt)
             self._on_event(AttemptEnded(attempt, self._node.node_id))

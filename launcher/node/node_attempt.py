@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import signal
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -33,6 +34,7 @@ from launcher.node.guarded import Exited, Gone, GuardedProcess, NeverBorn, Repor
 from launcher.node.pages import RankPage
 from launcher.node.rank_process import RankFiles, RankStarter
 from launcher.node.survey import Survey
+from launcher.preemption import MARKER
 from launcher.spec import JobSpec, Stream
 
 _DRAIN_S = 0.2
@@ -106,7 +108,7 @@ class NodeAttempt:
         self._num_to_start = len(members)
         try:
             for member in members:
-                files = RankFiles(os.path.join(self._directory, f"rank_{member.rank}"))
+                files = RankFiles(self._rank_directory(member.rank))
                 places = RankPlaces(self._run_dir, files.error_file, cache_socket)
                 chosen = rank_env.settings(self._spec, plan, member, places, self._base_env, advice.environment)
                 self._make_room(files)
@@ -144,11 +146,17 @@ class NodeAttempt:
         self._files[member.rank] = files
         self._watch(process, partial(self._rank_reports, member, files, again))
 
-    def stop(self, grace_s: float, signum: int) -> None:
+    def stop(self, grace_s: float, signum: int, can_save: bool = False) -> None:
         self._is_stopping = True
-        for process in self._ranks.values():
-            process.stop(grace_s, signum)
+        for rank, process in self._ranks.items():
+            if not can_save and os.path.exists(os.path.join(self._rank_directory(rank), MARKER)):
+                process.stop(0.0, signal.SIGKILL)
+            else:
+                process.stop(grace_s, signum)
         self._check_over()
+
+    def _rank_directory(self, rank: int) -> str:
+        return os.path.join(self._directory, f"rank_{rank}")
 
     def strays_are_gone(self) -> None:
         """What a killed guardian left behind has been ended."""

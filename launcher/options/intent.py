@@ -15,6 +15,10 @@ from launcher.options.carry import carried_environment
 from launcher.options.parse import CommandLine, Given
 from launcher.options.table import OPTIONS
 from launcher.spec import (
+    DEFAULT_CRASH_LOOP,
+    DEFAULT_GROW_DELAY_S,
+    DEFAULT_HEARTBEAT_TIMEOUT_S,
+    DEFAULT_MAX_PREEMPTIONS,
     DEFAULT_PLACE_TIMEOUT_S,
     DEFAULT_SHUTDOWN_TIMEOUT_S,
     CacheOptions,
@@ -50,7 +54,11 @@ def understand(line: CommandLine, environ: Mapping[str, str], cwd: str, fresh_id
     min_nodes, max_nodes = read(line, "nnodes", values.parse_nodes, (1, 1))
     if address is None and min_nodes > 1:
         raise _no_cluster_for(line, min_nodes, max_nodes)
-    notes = [*_notes_of_table(line), *_notes_of_place(line, address, max_nodes), *_notes_of_binding(line)]
+    notes = [
+        *_notes_of_table(line),
+        *_notes_of_place(line, address, min_nodes, max_nodes),
+        *_notes_of_binding(line),
+    ]
     one: int | str = 1
     asked: tuple[str, ...] = read(line, "carry-env", values.parse_texts, ())
     procs = read(line, "nproc-per-node", values.parse_procs, one)
@@ -64,7 +72,11 @@ def understand(line: CommandLine, environ: Mapping[str, str], cwd: str, fresh_id
             gpus_per_proc=read(line, "gpus-per-proc", values.parse_amount, None),
             per_node=read(line, "resources", values.parse_resources, ()),
         ),
-        restarts=RestartBudget(read(line, "max-restarts", values.parse_count, 0)),
+        restarts=RestartBudget(
+            read(line, "max-restarts", values.parse_count, 0),
+            read(line, "max-preemptions", values.parse_count, DEFAULT_MAX_PREEMPTIONS),
+            read(line, "crash-loop", values.parse_count, DEFAULT_CRASH_LOOP),
+        ),
         logs=_read_logs(line, environ),
         cache=_read_cache(line),
         cwd=cwd,
@@ -79,6 +91,11 @@ def understand(line: CommandLine, environ: Mapping[str, str], cwd: str, fresh_id
         preflight=line.has("preflight"),
         shutdown_timeout_s=read(line, "shutdown-timeout", values.parse_amount, _default_grace_s(environ)),
         place_timeout_s=read(line, "place-timeout", values.parse_amount, DEFAULT_PLACE_TIMEOUT_S),
+        spare_nodes=read(line, "spare-nodes", values.parse_count, 0) if address is not None else 0,
+        grow_delay_s=read(line, "grow-delay", values.parse_amount, DEFAULT_GROW_DELAY_S),
+        heartbeat_timeout_s=read(line, "heartbeat-timeout", values.parse_amount, DEFAULT_HEARTBEAT_TIMEOUT_S),
+        exclude=read(line, "exclude", values.parse_texts, ()),
+        exclude_file=line.text("exclude-file") or "",
         signals_to_handle=read(line, "signals-to-handle", values.parse_signals, JobSpec.signals_to_handle),
     )
     if address is not None:
@@ -267,15 +284,23 @@ def _check_shown_ranks(spec: JobSpec) -> None:
         )
 
 
-def _notes_of_place(line: CommandLine, address: str | None, max_nodes: int) -> list[str]:
+def _notes_of_place(line: CommandLine, address: str | None, min_nodes: int, max_nodes: int) -> list[str]:
     if address is not None:
         reason = "no effect with a cluster; the first node's address is MASTER_ADDR"
-        return [f"{line.given[name]}: {reason}" for name in ("master-addr", "local-addr") if name in line.given]
+        notes = [f"{line.given[name]}: {reason}" for name in ("master-addr", "local-addr") if name in line.given]
+        if min_nodes < max_nodes and "max-restarts" not in line.given:
+            notes.append(
+                f"{line.given['nnodes']}: without --max-restarts a lost node ends the job instead of shrinking it"
+            )
+        return notes
     notes = []
     if max_nodes > 1:
         notes.append(
             f"{line.given['nnodes']}: one node, this machine, because no Ray cluster is named (--address, RAY_ADDRESS)"
         )
     reason = "no effect on this machine alone; it is for a Ray cluster"
-    ray_only = ("cpus-per-proc", "gpus-per-proc", "resources", "carry-env", "place-timeout")
+    ray_only = (
+        *("cpus-per-proc", "gpus-per-proc", "resources", "carry-env", "place-timeout"),
+        *("spare-nodes", "grow-delay", "heartbeat-timeout", "exclude", "exclude-file"),
+    )
     return notes + [f"{line.given[name]}: {reason}" for name in ray_only if name in line.given]

@@ -8,7 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from launcher.spec import DEFAULT_PLACE_TIMEOUT_S, DEFAULT_SHUTDOWN_TIMEOUT_S
+from launcher.spec import (
+    DEFAULT_CRASH_LOOP,
+    DEFAULT_GROW_DELAY_S,
+    DEFAULT_HEARTBEAT_TIMEOUT_S,
+    DEFAULT_MAX_PREEMPTIONS,
+    DEFAULT_PLACE_TIMEOUT_S,
+    DEFAULT_SHUTDOWN_TIMEOUT_S,
+)
 
 RUN = "What to run"
 SIZE = "How many ranks"
@@ -122,7 +129,58 @@ OPTIONS: tuple[Option, ...] = (
         "Slow nodes are named, and left out where the job can do without.",
         is_ours=True,
     ),
+    Option(
+        "spare-nodes",
+        PLACE,
+        "Nodes beyond --nnodes that are held warm, to take a lost node's place at once. [0]",
+        "N",
+        is_ours=True,
+    ),
+    Option(
+        "grow-delay",
+        PLACE,
+        "With --nnodes MIN:MAX: start again with nodes that joined, when none has for so long. "
+        f"[{DEFAULT_GROW_DELAY_S:g}]",
+        "SECONDS",
+        is_ours=True,
+    ),
+    Option(
+        "exclude",
+        PLACE,
+        "Hosts to leave out, besides those that are remembered; none: use all, remembered or not.",
+        "HOST,…|none",
+        is_ours=True,
+    ),
+    Option(
+        "exclude-file",
+        PLACE,
+        "Where nodes that were lost twice, broke or were slow are remembered for a day; none: nowhere. "
+        "[~/.local/state/railhead/excluded-nodes.json]",
+        "FILE|none",
+        is_ours=True,
+    ),
     Option("max-restarts", FAILURE, "When a rank fails, stop all and start again, at most N times. [0]", "N"),
+    Option(
+        "max-preemptions",
+        FAILURE,
+        f"The same for nodes that are told to leave, which spends none of the above. [{DEFAULT_MAX_PREEMPTIONS}]",
+        "N",
+        is_ours=True,
+    ),
+    Option(
+        "crash-loop",
+        FAILURE,
+        f"End when N attempts in a row failed early, whatever is left of the above; 0: never. [{DEFAULT_CRASH_LOOP}]",
+        "N",
+        is_ours=True,
+    ),
+    Option(
+        "heartbeat-timeout",
+        FAILURE,
+        f"A node that is silent for so long is lost; it ends its ranks before. [{DEFAULT_HEARTBEAT_TIMEOUT_S:g}]",
+        "SECONDS",
+        is_ours=True,
+    ),
     Option(
         "shutdown-timeout",
         FAILURE,

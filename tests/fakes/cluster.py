@@ -76,7 +76,7 @@ class FakeNode:
         for rank, (_, _, behaviour) in sorted(self._alive.items()):
             self._run(rank, behaviour)
 
-    def stop_attempt(self, attempt: int, grace_s: float, signum: int) -> None:
+    def stop_attempt(self, attempt: int, grace_s: float, signum: int, can_save: bool = False) -> None:
         self.commands.append(f"stop_attempt {attempt} {grace_s:g} {signal.Signals(signum).name}")
         if not self._answers() or attempt in self._ended:
             return

@@ -10,18 +10,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launcher.errors import EXIT_NODE_LOST, EXIT_REFUSED, InvalidTransition
+from launcher.errors import EXIT_CRASH_LOOP, EXIT_NODE_LOST, EXIT_REFUSED, EXIT_RESUMABLE, InvalidTransition
+from launcher.exclusion import Cause
 from launcher.gang import machine
 from launcher.gang.events import (
     AcquireNodes,
     Action,
+    Announce,
     AttemptEnded,
     AttemptPlan,
+    BlameNode,
     ExceptionRecord,
     ExitStatus,
     Fact,
     Finish,
+    NodeDraining,
     NodeFailed,
+    NodeJoined,
     NodeLost,
     NodesReady,
     OpenStore,
@@ -37,7 +42,8 @@ from launcher.gang.events import (
     StoreOpened,
     Tick,
 )
-from launcher.gang.machine import BackingOff, Ended, OpeningStore, Placing, Rules, Running, State, Stopping
+from launcher.gang.history import Rules
+from launcher.gang.machine import BackingOff, Ended, OpeningStore, Placing, Running, State, Stopping
 from launcher.gang.world import NodeInfo, World
 from launcher.spec import RestartBudget
 
@@ -58,6 +64,7 @@ class Outside:
     """The world outside as the machine's promises see it: what runs where, what it was told, what it may say next."""
 
     draw: Callable[[st.SearchStrategy], object]
+    min_nodes: int
     num_nodes: int
     num_ranks: int
     state: State
@@ -91,7 +98,11 @@ class Outside:
                 assert not self.running, "an attempt begins while another is alive"
                 assert node_id in self.held
                 self.asked_for_store = (attempt, node_id)
-                self.running = dict.fromkeys(self.held, attempt)
+                world = self.state.history.world
+                assert world is not None
+                assert set(world.node_ids()) <= set(self.held), "a node that is not held has ranks"
+                assert self.min_nodes <= len(world.nodes) <= self.num_nodes
+                self.running = dict.fromkeys(world.node_ids(), attempt)
                 self.told_to_stop, self.good_ranks, self.was_cut_short = {}, set(), False
             case StartRanks(plan=plan):
                 assert set(plan.world.node_ids()) == set(self.running), "a partial gang is started"
@@ -122,7 +133,7 @@ class Outside:
         self.now += 0.01
         self.old_facts.append(fact)
         self.latest = fact
-        if isinstance(fact, StopRequested | NodeLost) and not self.all_good:
+        if isinstance(fact, StopRequested | NodeLost | NodeDraining) and not self.all_good:
             self.was_cut_short = True
         self.state, actions = machine.step(self.state, fact, self.now)
         self.perform(actions)
@@ -141,7 +152,9 @@ class Outside:
         if any(node_id in self.told_to_stop and not self.alive.get(node_id) for node_id in self.running):
             found += [self.attempt_ended] * 6
         if self.held and not self.asked_for_nodes:
-            found += [self.node_lost] * 2
+            found += [self.node_lost] * 2 + [self.node_draining]
+        if not self.asked_for_nodes and len(self.held) <= self.num_nodes:
+            found += [self.node_joined] * 2
         return found
 
     def _stale(self) -> Fact:
@@ -160,6 +173,15 @@ class Outside:
             self.held[f"n{self.num_made}"] = node(f"n{self.num_made}", self.num_ranks)
         self.asked_for_nodes = False
         return NodesReady(tuple(self.held.values()))
+
+    def node_joined(self) -> Fact:
+        self.num_made += 1
+        info = self.held[f"n{self.num_made}"] = node(f"n{self.num_made}", self.num_ranks)
+        return NodeJoined(info)
+
+    def node_draining(self) -> Fact:
+        node_id = self.draw(st.sampled_from(sorted(self.held)))
+        return NodeDraining(node_id, "spot", self.draw(st.sampled_from([None, 1.0, 120.0])), self.now)  # type: ignore[arg-type]
 
     def store_opened(self) -> Fact:
         assert self.asked_for_store
@@ -187,7 +209,13 @@ class Outside:
 
     def rank_exits_badly(self) -> Fact:
         _, rank = self._pick_alive()
-        statuses = [ExitStatus(code=1), ExitStatus(code=255), ExitStatus(signum=9), ExitStatus(signum=15)]
+        statuses = [
+            ExitStatus(code=1),
+            ExitStatus(code=EXIT_RESUMABLE),
+            ExitStatus(code=255),
+            ExitStatus(signum=9),
+            ExitStatus(signum=15),
+        ]
         status = self.draw(st.sampled_from(statuses))
         assert self.plan
         return rank_exited(self.plan, rank, status, self.now - self.draw(st.floats(0, 1)))  # type: ignore[arg-type, operator]
@@ -226,15 +254,16 @@ class Outside:
         raise AssertionError(f"no end in sight: {self.state}")
 
 
-@given(st.data(), st.integers(1, 3), st.integers(1, 2), st.integers(0, 3), st.integers(0, 60))
+@given(st.data(), st.integers(1, 3), st.integers(0, 2), st.integers(1, 2), st.integers(0, 3), st.integers(0, 60))
 @settings(max_examples=400, deadline=None)
 def test_whatever_happens_no_partial_gang_no_two_attempts_and_a_true_end(
-    data: st.DataObject, num_nodes: int, num_ranks: int, max_restarts: int, num_steps: int
+    data: st.DataObject, min_nodes: int, num_more: int, num_ranks: int, max_restarts: int, num_steps: int
 ) -> None:
     """Checked at every action by Outside: a gang is whole, alone, and 0 is said if and only if every rank ended with 0."""
-    rules = Rules(RestartBudget(max_restarts), grace_s=5.0)
+    num_nodes = min_nodes + num_more
+    rules = Rules(RestartBudget(max_restarts), 5.0, min_nodes, num_nodes, grow_delay_s=0.03)
     state, actions = machine.begin(rules)
-    outside = Outside(data.draw, num_nodes, num_ranks, state)
+    outside = Outside(data.draw, min_nodes, num_nodes, num_ranks, state)
     outside.perform(actions)
     for _ in range(num_steps):
         if isinstance(outside.state, Ended):
@@ -242,15 +271,18 @@ def test_whatever_happens_no_partial_gang_no_two_attempts_and_a_true_end(
         outside.feed(data.draw(st.sampled_from(outside.possible()))())
     outside.settle()
     assert isinstance(outside.state, Ended)
-    assert outside.state.history.attempt <= max_restarts
+    assert outside.state.history.num_restarts <= max_restarts
 
 
 class Scene:
     """A machine of two nodes with two ranks each, moved by hand."""
 
-    def __init__(self, max_restarts: int = 0, grace_s: float = 30.0) -> None:
+    def __init__(
+        self, max_restarts: int = 0, grace_s: float = 30.0, min_nodes: int = 2, max_nodes: int = 2, **budget: int
+    ) -> None:
         self.now = 100.0
-        self.state, self.actions = machine.begin(Rules(RestartBudget(max_restarts), grace_s))
+        rules = Rules(RestartBudget(max_restarts, **budget), grace_s, min_nodes, max_nodes)
+        self.state, self.actions = machine.begin(rules)
 
     def feed(self, *facts: Fact) -> list[Action]:
         for fact in facts:
@@ -264,6 +296,14 @@ class Scene:
         plan = next(action.plan for action in actions if isinstance(action, StartRanks))
         self.feed(RanksStarted(attempt, "0", (1, 2), 0.0), RanksStarted(attempt, "1", (3, 4), 0.0))
         return plan
+
+    def nodes(self) -> tuple[str, ...]:
+        world = self.state.history.world
+        assert world is not None
+        return world.node_ids()
+
+    def said(self) -> str:
+        return "; ".join(action.text for action in self.actions if isinstance(action, Announce))
 
     def end_attempt(self, attempt: int = 0) -> list[Action]:
         return self.feed(AttemptEnded(attempt, "0"), AttemptEnded(attempt, "1"))
@@ -367,7 +407,7 @@ def test_an_interrupt_is_handed_on_with_grace_and_a_second_one_kills(signum: int
     scene = Scene(max_restarts=3)
     plan = scene.run()
     stops = [action for action in scene.feed(StopRequested(signum)) if isinstance(action, StopAttempt)]
-    assert stops == [StopAttempt(0, "0", 30.0, signum), StopAttempt(0, "1", 30.0, signum)]
+    assert stops == [StopAttempt(0, "0", 30.0, signum, True), StopAttempt(0, "1", 30.0, signum, True)]
     stops = [action for action in scene.feed(StopRequested(SIGTERM)) if isinstance(action, StopAttempt)]
     assert stops == [StopAttempt(0, "0", 0.0, SIGKILL), StopAttempt(0, "1", 0.0, SIGKILL)]
     for rank in range(4):
@@ -405,6 +445,156 @@ def test_a_lost_node_is_replaced_and_the_survivor_keeps_its_ranks() -> None:
     world = scene.state.history.world
     assert world is not None
     assert world.node_ids() == ("2", "1"), "node 1 was node rank 1 and still is"
+
+
+def test_a_spare_takes_the_lost_nodes_place_at_once_and_at_no_cost() -> None:
+    """Nobody is asked for nodes: the spare is held, its agent up. That is what it was reserved for, so it costs no restart."""
+    scene = Scene(max_restarts=0)
+    scene.feed(NodesReady((node("0"), node("1"), node("2"))))
+    assert scene.nodes() == ("0", "1"), "no more than --nnodes have ranks"
+    scene.run()
+    scene.feed(NodeLost("0", "gone", 1.0), AttemptEnded(0, "1"))
+    assert scene.nodes() == ("2", "1"), "the survivor keeps its place, and so its ranks"
+    assert scene.only(OpenStore) == OpenStore(1, "2"), "also where the node of rank 0 and its store were lost"
+    assert scene.state.history.num_restarts == 0
+
+
+def test_a_gang_that_may_be_smaller_goes_on_at_once_and_grows_later_at_no_cost() -> None:
+    scene = Scene(max_restarts=1, min_nodes=1)
+    scene.run()
+    scene.feed(NodeLost("0", "gone", 1.0), AttemptEnded(0, "1"))
+    assert scene.nodes() == ("1",)
+    assert "1 nodes instead of 2" in scene.said()
+    scene.feed(StoreOpened(1, "1", StoreAddress("10.0.0.1", 1)), RanksStarted(1, "1", (1, 2), 0.0))
+    scene.feed(NodeJoined(node("2")))
+    scene.now += 20
+    assert scene.feed(Tick()) == [], "others may come as well"
+    scene.now = machine.deadline_s(scene.state) or 0.0
+    stops = [action for action in scene.feed(Tick()) if isinstance(action, StopAttempt)]
+    assert stops == [StopAttempt(1, "1", 30.0, SIGTERM, can_save=True)]
+    scene.feed(AttemptEnded(1, "1"))
+    assert scene.nodes() == ("1", "2")
+    assert (scene.state.history.num_restarts, scene.state.history.num_quick) == (1, 0), "the loss, not the join"
+
+
+def test_a_failure_is_the_moment_to_take_in_who_has_joined() -> None:
+    scene = Scene(max_restarts=1, min_nodes=1)
+    scene.feed(NodesReady((node("0"),)))
+    scene.feed(StoreOpened(0, "0", StoreAddress("10.0.0.0", 1)), NodeJoined(node("1")))
+    plan = AttemptPlan(0, World((node("0"),)), StoreAddress("10.0.0.0", 1))
+    scene.feed(rank_exited(plan, 1, ExitStatus(code=1)), AttemptEnded(0, "0"))
+    assert scene.nodes() == ("0", "1")
+
+
+def test_a_node_that_joins_a_full_gang_is_a_spare_and_its_loss_stops_nobody() -> None:
+    scene = Scene()
+    scene.run()
+    scene.feed(NodeJoined(node("2")))
+    assert scene.said() == "spare node host-2 is ready"
+    assert machine.deadline_s(scene.state) is None
+    assert [type(action) for action in scene.feed(NodeLost("2", "gone", 1.0))] == [Announce]
+    assert isinstance(scene.state, Running)
+
+
+def test_a_spare_that_comes_while_the_gang_is_measured_is_not_forgotten() -> None:
+    """A preflight holds NodesReady back, and names only the nodes that it has measured."""
+    scene = Scene()
+    scene.feed(NodeJoined(node("2")), NodeJoined(node("3")), NodeLost("3", "gone", 1.0))
+    scene.feed(NodesReady((node("0"), node("1"))))
+    assert [spare.node_id for spare in scene.state.history.spares] == ["2"]
+
+
+def preempted(scene: Scene, code: int) -> list[Action]:
+    """Node 0 is drained while the gang runs, and all four ranks end with this code."""
+    plan = scene.run()
+    actions = scene.feed(NodeDraining("0", "spot notice", 120.0, 1.0))
+    stops = [action for action in actions if isinstance(action, StopAttempt)]
+    assert stops == [StopAttempt(0, node_id, 115.0, SIGTERM, can_save=True) for node_id in ("0", "1")]
+    for rank in range(4):
+        scene.feed(rank_exited(plan, rank, ExitStatus(code=code)))
+    return scene.end_attempt()
+
+
+def test_a_preempted_node_is_left_after_all_have_saved_and_spends_no_restart() -> None:
+    scene = Scene(max_restarts=0)
+    scene.feed(NodesReady((node("0"), node("1"), node("2"))))
+    preempted(scene, EXIT_RESUMABLE)
+    assert "all 4 ranks have saved" in scene.said()
+    assert scene.nodes() == ("2", "1")
+    assert (scene.state.history.num_restarts, scene.state.history.num_preemptions) == (0, 1)
+    assert not [action for action in scene.feed(NodeLost("0", "as announced", 2.0)) if isinstance(action, BlameNode)]
+
+
+def test_without_a_spare_a_preempted_gang_waits_for_a_node_and_ends_resumable_if_none_comes() -> None:
+    scene = Scene()
+    preempted(scene, EXIT_RESUMABLE)
+    assert scene.only(AcquireNodes) == AcquireNodes(keep=("1",))
+    scene.feed(PlacementRefused("no nodes"))
+    assert scene.only(Finish).exit_code == EXIT_RESUMABLE  # type: ignore[attr-defined]
+
+
+def test_preemptions_have_a_budget_of_their_own() -> None:
+    scene = Scene(max_preemptions=0)
+    preempted(scene, EXIT_RESUMABLE)
+    assert scene.only(Finish).exit_code == EXIT_RESUMABLE  # type: ignore[attr-defined]
+
+
+def test_a_rank_that_fails_while_it_saves_is_told_and_the_job_goes_on() -> None:
+    scene = Scene()
+    scene.feed(NodesReady((node("0"), node("1"), node("2"))))
+    preempted(scene, 1)
+    assert scene.only(ReportFailure).failure.status == ExitStatus(code=1)  # type: ignore[attr-defined]
+    assert isinstance(scene.state, OpeningStore)
+
+
+def test_a_signal_to_the_launcher_while_ranks_save_is_not_the_second_one() -> None:
+    """A scheduler may drain the node and stop the launcher in the same breath; what is being saved shall be whole."""
+    scene = Scene()
+    plan = scene.run()
+    scene.feed(NodeDraining("0", "spot notice", None, 1.0))
+    assert not [action for action in scene.feed(StopRequested(SIGTERM)) if isinstance(action, StopAttempt)]
+    for rank in range(4):
+        scene.feed(rank_exited(plan, rank, ExitStatus(code=EXIT_RESUMABLE)))
+    scene.end_attempt()
+    assert scene.only(Finish).exit_code == EXIT_RESUMABLE  # type: ignore[attr-defined]
+
+
+def test_a_crash_loop_ends_with_its_own_code_whatever_is_left_of_the_budget() -> None:
+    scene = Scene(max_restarts=100, crash_loop=3)
+    for attempt in range(3):
+        plan = scene.run(attempt)
+        scene.feed(rank_exited(plan, 0, ExitStatus(code=1)))
+        scene.end_attempt(attempt)
+        if isinstance(scene.state, BackingOff):
+            scene.now = scene.state.deadline_s
+            scene.feed(Tick())
+    assert scene.only(Finish).exit_code == EXIT_CRASH_LOOP  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("last_lines", "cause"),
+    [
+        ("RuntimeError: CUDA error: uncorrectable ECC error encountered", Cause.HARDWARE),
+        ("NVRM: Xid (PCI:0000:3b:00): 79, pid=1, GPU has fallen off the bus", Cause.HARDWARE),
+        ("CUDA error: device-side assert triggered", None),
+        ("torch.OutOfMemoryError: CUDA out of memory", None),
+        ("NVRM: Xid (PCI:0000:3b:00): 13, Graphics Exception", None),
+    ],
+)
+def test_only_what_a_program_cannot_cause_is_blamed_on_the_node(last_lines: str, cause: Cause | None) -> None:
+    """A node that is left out because of somebody's index error is an hour of a person's work."""
+    scene = Scene(max_restarts=1)
+    plan = scene.run()
+    scene.feed(rank_exited(plan, 3, ExitStatus(code=1), last_lines=f"Traceback …\n{last_lines}"))
+    blamed = [action for action in scene.end_attempt() if isinstance(action, BlameNode)]
+    assert [(action.host, action.cause) for action in blamed] == ([("host-1", cause)] if cause else [])
+
+
+def test_a_lost_node_is_blamed() -> None:
+    scene = Scene(max_restarts=1)
+    scene.run()
+    scene.feed(NodeLost("1", "gone", 1.0), AttemptEnded(0, "0"))
+    assert scene.only(BlameNode) == BlameNode("host-1", Cause.LOST, "gone")
 
 
 def test_losing_a_node_without_a_restart_left_has_its_own_exit_code() -> None:

@@ -112,5 +112,5 @@ def test_an_agent_that_has_not_begun_can_be_told_anything() -> None:
     actor = AgentActor()
     actor.open_store(0)
     actor.close()
-    assert actor.poll_events(0, 0.0) == []
+    assert actor.poll_events(0, 0, 0.0) == (1, [])
     assert actor.poll_outputs(0, 0.0) == []

@@ -10,20 +10,20 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from launcher.cluster.ports import EventSink
 from launcher.cluster.ray import survey, topology
 from launcher.cluster.ray.agent_actor import EVENT_GROUP, OUTPUT_GROUP, AgentActor, Hello, installed_version
 from launcher.errors import RequestRefused
 from launcher.gang.events import PlacementWaiting
-from launcher.gang.offers import CPU, GPU, GangRequest
+from launcher.gang.offers import CPU, GPU, GangRequest, plural
 from launcher.gang.placement import Placement, Refusal, Waiting, place
 from launcher.spec import JobSpec
 
@@ -61,8 +61,17 @@ class StartedAgent:
 class Group:
     """One placement group, and the wait for it."""
 
-    def __init__(self, request: GangRequest, sink: EventSink, stop: threading.Event, deadline_s: float) -> None:
+    def __init__(
+        self,
+        request: GangRequest,
+        sink: EventSink,
+        stop: threading.Event,
+        deadline_s: float,
+        left_out: Collection[str] = (),
+    ) -> None:
+        """left_out: ids of nodes that get no bundle."""
         self._request = request
+        self._left_out = frozenset(left_out)
         self._sink = sink
         self._stop = stop
         self._deadline_s = deadline_s
@@ -97,27 +106,10 @@ class Group:
             self.remove()
             raise
 
-    def complete(self) -> list[Bundle]:
-        """After a loss: waits until enough nodes are there again; Ray places lost bundles on other nodes by itself."""
-        while len(there := self.bundles()) < self._request.min_nodes:
-            held = {bundle.node.node_id for bundle in there}
-            free = [offer for offer in survey.offers() if offer.node_id not in held]
-            missing = self._request.min_nodes - len(there)
-            answer = place(
-                replace(self._request, min_nodes=missing, max_nodes=missing),
-                free,
-                survey.groups(),
-                may_join=survey.may_join(),
-            )
-            if isinstance(answer, Refusal):
-                raise RequestRefused(f"nodes were lost and cannot be replaced: {answer.reason}", advice=answer.advice)
-            self._wait_a_little(answer)
-        return there
-
-    def renew(self, deadline_s: float) -> None:
-        """A new deadline, for a wait that begins now."""
-        self._deadline_s = deadline_s
-        self._said = ("", 0.0)
+    @property
+    def amounts(self) -> Mapping[str, float]:
+        """What an agent holds of its node."""
+        return self._request.bundle
 
     def bundles(self) -> list[Bundle]:
         """What is placed on live nodes now."""
@@ -134,34 +126,25 @@ class Group:
 
     def start_actor(self, bundle: Bundle) -> Any:
         """An AgentActor that holds the whole bundle, so that the GPUs that its ranks see are the bundle's."""
-        amounts = self._request.bundle
-        others = {name: amount for name, amount in amounts.items() if name not in (CPU, GPU)}
-        return (
-            ray.remote(concurrency_groups={EVENT_GROUP: 1, OUTPUT_GROUP: 1})(AgentActor)
-            .options(
-                num_cpus=amounts.get(CPU, 0),
-                num_gpus=amounts.get(GPU, 0),
-                resources=others,
-                max_restarts=0,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(
-                    self._group, placement_group_bundle_index=bundle.idx
-                ),
-            )
-            .remote()
-        )
+        strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=bundle.idx)
+        return make_actor(self._request.bundle, strategy)
 
     def _ask_ray(self, num_nodes: int) -> None:
         # A bundle must ask for something; a byte of memory is something that every node has.
         bundle = self._request.bundle or {"memory": 1.0}
-        chosen = topology.choose_packing(self._request.bundle, num_nodes) if self._may_pack else None
+        chosen = topology.choose_packing(self._request.bundle, num_nodes, self._left_out) if self._may_pack else None
         self._is_packed = chosen is not None and chosen.label is not None
-        self._group = placement_group([bundle] * num_nodes, **topology.arguments(chosen))
+        names = ",".join(sorted(self._left_out))
+        selector = [{"ray.io/node-id": f"!in({names})"}] * num_nodes if names else None
+        self._group = placement_group(
+            [bundle] * num_nodes, bundle_label_selector=selector, **topology.arguments(chosen)
+        )
 
     def _is_created(self) -> bool:
         return bool(placement_group_table(self._group)["state"] == "CREATED")
 
     def _ask(self) -> Placement | Waiting:
-        answer = place(self._request, survey.offers(), survey.groups(), may_join=survey.may_join())
+        answer = place(self._request, survey.offers(self._left_out), survey.groups(), may_join=survey.may_join())
         self._asked_s = time.monotonic()
         if isinstance(answer, Refusal):
             raise RequestRefused(answer.reason, advice=answer.advice or "`ray status` shows what the cluster has")
@@ -193,6 +176,33 @@ class Group:
             raise Abandoned
 
 
+def start_actor_on(node_id: str, amounts: Mapping[str, float]) -> Any:
+    """An AgentActor on this very node, without a placement group: for one node there is nothing to be all or none of."""
+    return make_actor(amounts, NodeAffinitySchedulingStrategy(node_id, soft=False))
+
+
+def make_actor(amounts: Mapping[str, float], strategy: Any) -> Any:
+    others = {name: amount for name, amount in amounts.items() if name not in (CPU, GPU)}
+    return (
+        ray.remote(concurrency_groups={EVENT_GROUP: 1, OUTPUT_GROUP: 1})(AgentActor)
+        .options(
+            num_cpus=amounts.get(CPU, 0),
+            num_gpus=amounts.get(GPU, 0),
+            resources=others,
+            max_restarts=0,
+            scheduling_strategy=strategy,
+        )
+        .remote()
+    )
+
+
+def why_missing(request: GangRequest, num_missing: int, left_out: Collection[str]) -> str:
+    """After a loss: what the nodes that are still lacking wait for, in a sentence."""
+    lacking = replace(request, min_nodes=num_missing, max_nodes=num_missing)
+    answer = place(lacking, survey.offers(left_out), survey.groups(), may_join=survey.may_join())
+    return f"{num_missing} more node{plural(num_missing)} needed to go on: {answer.reason}"
+
+
 def start_agents(group: Group, bundles: Sequence[Bundle], spec: JobSpec, stop: threading.Event) -> list[StartedAgent]:
     """An agent on each bundle, or none. Raises RequestRefused if one cannot run there, Abandoned if asked to stop."""
     use_own_cwd = in_submitted_job()
@@ -200,7 +210,7 @@ def start_agents(group: Group, bundles: Sequence[Bundle], spec: JobSpec, stop: t
     try:
         hellos = [actor.hello.remote(spec.cwd, use_own_cwd) for actor in actors]
         _wait_for(hellos, bundles, stop)
-        heard = [_hear(ref, bundle.node) for ref, bundle in zip(hellos, bundles, strict=True)]
+        heard = [hear(ref, bundle.node) for ref, bundle in zip(hellos, bundles, strict=True)]
         # Ray may have moved a bundle meanwhile, from a node that it has just found dead: where an agent is, it says itself.
         nodes = survey.live_nodes()
         started = [
@@ -208,7 +218,7 @@ def start_agents(group: Group, bundles: Sequence[Bundle], spec: JobSpec, stop: t
             for hello, bundle, actor in zip(heard, bundles, actors, strict=True)
         ]
         for agent in started:
-            _check(agent.hello, agent.node, spec)
+            check(agent.hello, agent.node, spec)
     except BaseException:
         for actor in actors:
             with contextlib.suppress(Exception):
@@ -239,7 +249,7 @@ def _wait_for(refs: Sequence[Any], bundles: Sequence[Bundle], stop: threading.Ev
             )
 
 
-def _hear(ref: Any, node: survey.ClusterNode) -> Hello:
+def hear(ref: Any, node: survey.ClusterNode) -> Hello:
     try:
         hello: Hello = ray.get(ref)
     except ray.exceptions.RayError as error:
@@ -254,7 +264,7 @@ def _hear(ref: Any, node: survey.ClusterNode) -> Hello:
     return hello
 
 
-def _check(hello: Hello, node: survey.ClusterNode, spec: JobSpec) -> None:
+def check(hello: Hello, node: survey.ClusterNode, spec: JobSpec) -> None:
     ours = installed_version()
     if hello.railhead != ours:
         raise RequestRefused(

@@ -25,6 +25,7 @@ from typing import Any
 
 import ray
 
+from launcher.cluster.ray.lease import Lease, Terms
 from launcher.cluster.ray.outbox import Outbox
 from launcher.errors import NodeError
 from launcher.gang.events import AttemptPlan, Event, LogChunk, Notice, Output
@@ -36,9 +37,9 @@ OUTPUT_GROUP = "outputs"
 
 MAX_HELD_BYTES = 4 * 1024 * 1024
 """Shown output held on the node while the launcher's terminal is slow; beyond it the ranks' files are not read on."""
-LEASE_S = 20.0
-"""An agent that nobody polls for so long ends its ranks and itself: the launcher is dead or cannot be reached, and its half of the
-gang may be running again elsewhere. Twice the launcher's own patience (`remote_node.SILENCE_S`), so that it gives up first."""
+FAREWELL_S = 30.0
+"""How long an actor whose agent has ended stays to say why, should the launcher ask again."""
+WATCH_S = 0.1
 CLOSE_S = 10.0
 """Longer than an agent takes to close; then its process is killed, and the guardians end the rest."""
 
@@ -65,7 +66,9 @@ class AgentActor:
         self._events: Outbox[Event] = Outbox()
         self._outputs: Outbox[Output] = Outbox(MAX_HELD_BYTES)
         self._is_gone = False
-        self._last_poll_s = time.monotonic()
+        self._lease: Lease | None = None
+        self._num_answers = 0
+        self._has_begun = threading.Event()
 
     def hello(self, cwd: str, use_own_cwd: bool) -> Hello:
         """Who is here. `use_own_cwd`: Ray has put the job's files where this process runs (`runtime_env` with a working directory)."""
@@ -74,16 +77,18 @@ class AgentActor:
         node_id = ray.get_runtime_context().get_node_id()
         return Hello(node_id, installed_version(), platform.python_version(), socket.gethostname(), there)
 
-    def begin(self, node: NodeInfo, spec: JobSpec, run_dir: str, cwd: str) -> None:
-        """Starts the agent's host process and the agent in it."""
+    def begin(self, node: NodeInfo, spec: JobSpec, run_dir: str, cwd: str) -> int:
+        """Starts the agent's host process and the agent in it. Returns the port on which that process can be seen to live: 0 for none."""
         made, notice = _make_run_dir(run_dir)
         if notice:
             self._events.put(Notice(notice, node.node_id))
         base_env = user_environment(os.environ, _initial_environment())
-        self._start_host(base_env)
+        self._lease = Lease(Terms(spec.heartbeat_timeout_s), time.monotonic())
+        port = self._start_host(base_env, node.addr)
         self._send("begin", node, replace(spec, cwd=cwd), made, base_env)
-        self._last_poll_s = time.monotonic()
         threading.Thread(target=self._watch_lease, name="lease", daemon=True).start()
+        self._has_begun.set()
+        return port
 
     def open_store(self, attempt: int) -> None:
         self._send("open_store", attempt)
@@ -91,8 +96,8 @@ class AgentActor:
     def start_ranks(self, plan: AttemptPlan) -> None:
         self._send("start_ranks", plan)
 
-    def stop_attempt(self, attempt: int, grace_s: float, signum: int) -> None:
-        self._send("stop_attempt", attempt, grace_s, signum)
+    def stop_attempt(self, attempt: int, grace_s: float, signum: int, can_save: bool = False) -> None:
+        self._send("stop_attempt", attempt, grace_s, signum, can_save)
 
     def close(self) -> None:
         """Ends everything on this node; blocks until it is done."""
@@ -104,32 +109,40 @@ class AgentActor:
                 self._host.kill()
                 self._host.wait()
 
-    def poll_events(self, num_arrived: int, timeout_s: float) -> list[Event]:
-        """Events after the first `num_arrived`; empty after `timeout_s`: the heartbeat. Raises NodeError when the agent is gone and has
-        nothing left to say."""
-        self._last_poll_s = time.monotonic()
+    def poll_events(self, num_arrived: int, last_heard: int, timeout_s: float) -> tuple[int, list[Event]]:
+        """The number of this answer, and events after the first `num_arrived`; none after `timeout_s`: the heartbeat. `last_heard`: number
+        of the last answer that the launcher has heard (0: of none). Raises NodeError when the agent is gone and has nothing left to say."""
+        self._num_answers += 1
+        # Polls come on another road than commands, and may overtake `begin`.
+        if not self._has_begun.wait(timeout_s) or self._lease is None:
+            return self._num_answers, []
+        self._lease.heard(last_heard)
+        self._tell_lease()
         events = self._events.take(num_arrived, timeout_s)
         if self._is_gone and not events:
-            raise NodeError(f"the agent's process on {socket.gethostname()} has ended")
-        return events
+            raise NodeError(self._why_gone())
+        self._lease.answered(self._num_answers, time.monotonic())
+        return self._num_answers, events
 
     def poll_outputs(self, num_arrived: int, timeout_s: float) -> list[Output]:
         """Shown output after the first `num_arrived` pieces; empty after `timeout_s`."""
         return self._outputs.take(num_arrived, timeout_s)
 
-    def _start_host(self, base_env: Mapping[str, str]) -> None:
+    def _start_host(self, base_env: Mapping[str, str], addr: str) -> int:
         control, theirs = socket.socketpair()
         outputs, their_outputs = socket.socketpair()
-        fds = (theirs.fileno(), their_outputs.fileno())
+        lifeline, port = _listen(addr)
+        fds = [theirs.fileno(), their_outputs.fileno(), *([lifeline.fileno()] if lifeline else [])]
         # -P: the directory in which Ray runs may hold a module that is called like one of ours
         command = [sys.executable, "-P", "-m", "launcher.node.agent_host", *map(str, fds)]
-        with theirs, their_outputs:
+        with theirs, their_outputs, lifeline or contextlib.nullcontext():
             self._host = subprocess.Popen(
                 command, pass_fds=fds, env=base_env, stdin=subprocess.DEVNULL, start_new_session=True
             )
         self._control = Connection(control.detach())
         for target, fd in ((self._read_events, self._control), (self._read_outputs, Connection(outputs.detach()))):
             threading.Thread(target=target, args=(fd,), name=target.__name__, daemon=True).start()
+        return port
 
     def _send(self, name: str, *args: Any) -> None:
         if self._control is not None:
@@ -149,11 +162,37 @@ class AgentActor:
                 output = outputs.recv()
                 self._outputs.put(output, len(output.data) if isinstance(output, LogChunk) else 0)
 
+    def _tell_lease(self) -> None:
+        """The agent's process keeps it itself, so that it holds also while this one is frozen."""
+        assert self._lease is not None
+        self._send("lease", self._lease.ends_s)
+
+    def _why_gone(self) -> str:
+        where = socket.gethostname()
+        if self._lease is not None and time.monotonic() >= self._lease.ends_s:
+            return f"the agent on {where} heard nothing from the launcher in time and ended its ranks"
+        return f"the agent's process on {where} has ended"
+
     def _watch_lease(self) -> None:
-        while time.monotonic() - self._last_poll_s < LEASE_S:
-            time.sleep(1.0)
-        self.close()
+        assert self._lease is not None
+        assert self._host is not None
+        while time.monotonic() < self._lease.ends_s:
+            time.sleep(WATCH_S)
+        # It has ended itself at the same moment, unless it is frozen; its guardians see either.
+        self._host.kill()
+        self._host.wait()
+        time.sleep(FAREWELL_S)
         os._exit(1)
+
+
+def _listen(addr: str) -> tuple[socket.socket | None, int]:
+    """A port that the kernel keeps open as long as the agent's process lives; nobody ever accepts what comes there. (None, 0) where the
+    address cannot be listened on: then the end of the process is learnt from Ray, later."""
+    try:
+        listener = socket.create_server((addr, 0), family=socket.AF_INET6 if ":" in addr else socket.AF_INET, backlog=4)
+    except OSError:
+        return None, 0
+    return listener, listener.getsockname()[1]
 
 
 def installed_version() -> str:

@@ -6,18 +6,34 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import ray
 
+from launcher import exclusion
 from launcher.cluster.ports import EventSink, NodeHandle
 from launcher.cluster.ray import survey, topology
-from launcher.cluster.ray.acquire import Abandoned, Group, StartedAgent, start_agents
+from launcher.cluster.ray.acquire import SAY_AGAIN_S, Abandoned, Group, StartedAgent, start_agents, why_missing
+from launcher.cluster.ray.head import HeadWatch, forget_ray
+from launcher.cluster.ray.keeper import Keeper, Wanted
+from launcher.cluster.ray.lease import Terms
+from launcher.cluster.ray.lifelines import Lifelines
 from launcher.cluster.ray.remote_node import RemoteNode
 from launcher.errors import RequestRefused
-from launcher.gang.events import NodesReady, PlacementRefused
+from launcher.exclusion_file import NOWHERE, ExclusionFile
+from launcher.gang.events import (
+    Event,
+    NodeDraining,
+    NodeJoined,
+    NodeLost,
+    NodesReady,
+    Notice,
+    Output,
+    PlacementRefused,
+    PlacementWaiting,
+)
 from launcher.gang.offers import GPU
 from launcher.gang.placement import default_gpus_per_proc, resolve_procs_per_node
 from launcher.gang.world import NodeInfo
@@ -28,13 +44,26 @@ if TYPE_CHECKING:
 
 CLOSE_S = 4.0
 """Agents drain their cache daemon in 2 s; what is not closed by then is killed."""
+QUIET_S = 1.0
+"""A wait for a replacement that is shorter than this is not worth a line."""
 
 
 class RayCluster:
     """Nodes of the Ray cluster that this process is a driver of."""
 
-    def __init__(self, address: str, spec: JobSpec) -> None:
+    def __init__(self, address: str, spec: JobSpec, exclusions: ExclusionFile | None = None) -> None:
+        """exclusions: nodes that are remembered as bad. None: no such memory."""
         self.description = f"Ray cluster at {address}"
+        self._exclusions = exclusions or ExclusionFile(NOWHERE)
+        self._terms = Terms(spec.heartbeat_timeout_s)
+        self._head = HeadWatch(address)
+        self._lifelines = Lifelines()
+        self._keeper: Keeper | None = None
+        self._changed = threading.Condition()
+        self._is_asked = True
+        self._told_to_leave: set[str] = set()
+        self._num_taken = 0
+        self._gone: dict[str, RemoteNode] = {}
         self._spec = spec
         self._run_dir = ""
         self._sink: EventSink | None = None
@@ -68,13 +97,16 @@ class RayCluster:
     def open(self, spec: JobSpec, run_dir: str, sink: EventSink) -> None:
         # The actors have another working directory than we.
         self._spec, self._run_dir, self._sink = spec, os.path.abspath(run_dir), sink
+        self._terms = Terms(spec.heartbeat_timeout_s)
+        self._head.start(sink)
 
     def acquire(self, keep: tuple[str, ...]) -> None:
         self._acquiring = threading.Thread(target=self._acquire, args=(keep,), name="acquire", daemon=True)
         self._acquiring.start()
 
     def node(self, node_id: str) -> NodeHandle:
-        return self._nodes[node_id]
+        with self._changed:
+            return self._nodes.get(node_id) or self._gone[node_id]
 
     def open_peers(self, nodes: Sequence[NodeInfo]) -> list[RayPeer]:
         """Who measures from each of these nodes (launcher.fabric)."""
@@ -87,29 +119,49 @@ class RayCluster:
             return
         self._is_closed = True
         self._stop.set()
-        closing = [
-            ref for node in self._nodes.values() if not node.is_over and (ref := node.ask_to_close()) is not None
-        ]
+        with self._changed:
+            self._changed.notify_all()
+        self._head.close()
+        if self._keeper is not None:
+            self._keeper.close(CLOSE_S)
+        nodes = self._held()
+        closing = [ref for node in nodes if not node.is_over and (ref := node.ask_to_close()) is not None]
         if closing:
             with contextlib.suppress(ray.exceptions.RayError):
                 ray.wait(closing, num_returns=len(closing), timeout=CLOSE_S)
-        for node in self._nodes.values():
+        self._lifelines.close()
+        if self._head.is_lost:
+            forget_ray()
+            return
+        for node in nodes:
             node.kill()
         if self._acquiring is not None:
             self._acquiring.join(CLOSE_S)
         if self._group is not None:
             self._group.remove()
-        for node in self._nodes.values():
+        for node in nodes:
             node.join(1.0)
         with contextlib.suppress(Exception):
             ray.shutdown()
 
+    # --- getting nodes ----------------------------------------------------------------------------------------------------------------
+
     def _acquire(self, keep: tuple[str, ...]) -> None:
         assert self._sink is not None, "acquire before open"
         try:
-            self._acquire_all(keep)
-            ready = sorted(self._live(), key=lambda item: survey.order_of_nodes(item[0]))
-            self._sink.put(NodesReady(topology.in_order([info for _, info in ready])))
+            for node in self._held():
+                if node.node.node_id not in keep or node.is_over:
+                    self._let_go(node)
+            if self._group is None:
+                self._first_time()
+            else:
+                self._wait_for_more()
+            with self._changed:  # a node that joins now is either named here or tells of itself
+                self._sink.put(NodesReady(self._ready()))
+                self._is_asked = False
+            if self._keeper is None:
+                self._keeper = self._make_keeper()
+                self._keeper.start()
         except Abandoned:
             pass
         except RequestRefused as refused:
@@ -121,40 +173,188 @@ class RayCluster:
                 self._give_back()
                 self._sink.put(PlacementRefused(f"{self.description} failed while nodes were asked for: {error!r}"))
 
-    def _acquire_all(self, keep: tuple[str, ...]) -> None:
+    def _first_time(self) -> None:
+        """All or none of the gang, by one placement group."""
         assert self._sink is not None
-        for node_id in [node_id for node_id, node in self._nodes.items() if node_id not in keep or node.is_over]:
-            self._nodes.pop(node_id).kill()
-        if self._group is None:
-            deadline_s = time.monotonic() + self._spec.place_timeout_s
-            self._group = Group(survey.gang_request(self._spec), self._sink, self._stop, deadline_s)
-            bundles = self._group.create()
-        else:
-            self._group.renew(time.monotonic() + self._spec.place_timeout_s)
-            bundles = self._group.complete()
-        new = [bundle for bundle in bundles if bundle.node.node_id not in self._nodes]
-        for agent in start_agents(self._group, new, self._spec, self._stop):
+        left_out = self._left_out(say=True)
+        deadline_s = time.monotonic() + self._spec.place_timeout_s
+        group = Group(survey.gang_request(self._spec), self._sink, self._stop, deadline_s, left_out)
+        self._group = group
+        for agent in start_agents(group, group.create(), self._spec, self._stop):
             self._take(agent)
 
-    def _take(self, agent: StartedAgent) -> None:
+    def _wait_for_more(self) -> None:
+        """The keeper brings them; here it is waited until there are enough, and said why. Raises RequestRefused at the deadline."""
         assert self._sink is not None
-        info = topology.with_label(self._info(agent.node), topology.labels(), agent.node.node_id)
-        # An error here is the actor's death, and the fetching thread will say so.
-        agent.actor.begin.remote(info, self._spec, self._run_dir, agent.hello.cwd)
-        remote = RemoteNode(info, agent.actor, self._sink)
-        self._nodes[info.node_id] = remote
+        deadline_s = time.monotonic() + self._spec.place_timeout_s
+        said_s = 0.0
+        with self._changed:
+            self._is_asked = True
+        if self._keeper is not None:
+            self._keeper.look_now()
+        while (num_missing := self._spec.min_nodes - len(self._ready())) > 0:
+            now = time.monotonic()
+            if now >= deadline_s:
+                reason = self._why_missing(num_missing)
+                raise RequestRefused(
+                    f"nodes were lost and not replaced in {self._spec.place_timeout_s:g} s: {reason}",
+                    advice="--place-timeout SECONDS waits longer, --spare-nodes holds some ready, --nnodes MIN:MAX goes on with fewer",
+                )
+            if now - said_s > SAY_AGAIN_S and now > deadline_s - self._spec.place_timeout_s + QUIET_S:
+                said_s = now
+                self._sink.put(PlacementWaiting(self._why_missing(num_missing), deadline_s - now))
+            with self._changed:
+                if not self._stop.is_set() and len(self._ready()) < self._spec.min_nodes:
+                    self._changed.wait(min(QUIET_S, deadline_s - now))
+            if self._stop.is_set():
+                raise Abandoned
+
+    def _why_missing(self, num_missing: int) -> str:
+        left_out = {*self._left_out(), *self._ids_held()}
+        return why_missing(survey.gang_request(self._spec), num_missing, left_out)
+
+    def _make_keeper(self) -> Keeper:
+        assert self._sink is not None
+        assert self._group is not None
+        sink = self._sink
+        return Keeper(
+            self._spec,
+            self._group,
+            self._wanted,
+            self._joined,
+            self._draining,
+            self._left_out,
+            lambda text: sink.put(Notice(text)),
+        )
+
+    def _wanted(self) -> Wanted:
+        num_held = sum(node.node.node_id not in self._told_to_leave for node in self._held() if not node.is_over)
+        num_wanted = self._spec.max_nodes + self._spec.spare_nodes
+        return Wanted(num_wanted - num_held, frozenset(self._ids_held()))
+
+    def _joined(self, agent: StartedAgent) -> None:
+        assert self._sink is not None
+        info = self._take(agent)
+        with self._changed:
+            self._changed.notify_all()
+            if not self._is_asked:  # else NodesReady names it
+                self._sink.put(NodeJoined(info))
+
+    def _draining(self, ray_id: str, deadline_wall_s: float | None) -> None:
+        assert self._sink is not None
+        for node in self._held():
+            node_id = node.node.node_id
+            if ray_id_of(node_id) == ray_id and node_id not in self._told_to_leave and not node.is_over:
+                self._told_to_leave.add(node_id)
+                left_s = None if deadline_wall_s is None else max(0.0, deadline_wall_s - time.time())
+                self._sink.put(NodeDraining(node_id, "Ray drains it", left_s, time.time()))
+
+    def _left_out(self, say: bool = False) -> set[str]:
+        """Ray's ids of the nodes on which no agent is started, because the user or the memory of bad nodes says so."""
+        assert self._sink is not None
+        offers = survey.offers()
+        hosts = {offer.node_id: offer.host for offer in offers}
+        named = [host for host in self._spec.exclude if host != "none"]
+        chosen = exclusion.Exclusion({})
+        if "none" not in self._spec.exclude:
+            history = self._exclusions.history()
+            chosen = exclusion.excluded(history, list(hosts.values()), needed=self._spec.min_nodes, now=time.time())
+        if say and chosen.hosts:
+            self._sink.put(Notice(exclusion.describe(chosen.hosts.items(), self._exclusions.path)))
+        if say and chosen.remark:
+            self._sink.put(Notice(chosen.remark))
+        return {node_id for node_id, host in hosts.items() if host in named or host in chosen.hosts}
+
+    # --- held nodes -------------------------------------------------------------------------------------------------------------------
+
+    def _take(self, agent: StartedAgent) -> NodeInfo:
+        """The agent begins; from now on it is one of ours."""
+        assert self._sink is not None
+        node = agent.node
+        self._num_taken += 1
+        # The number, because a node that is lost and comes back is another one to the gang.
+        bare = NodeInfo(f"{node.node_id}#{self._num_taken}", node.hostname, node.addr, self._spec.nproc_per_node)
+        info = topology.with_label(bare, topology.labels(), node.node_id)
+        port = agent.actor.begin.remote(info, self._spec, self._run_dir, agent.hello.cwd)
+        remote = RemoteNode(info, agent.actor, _Tap(self._sink, self._lost, self._told_to_leave), self._terms)
+        with self._changed:
+            self._nodes[info.node_id] = remote
         remote.start()
+        threading.Thread(target=self._connect, args=(remote, port), name="lifeline", daemon=True).start()
+        return info
 
-    def _info(self, node: survey.ClusterNode) -> NodeInfo:
-        return NodeInfo(node.node_id, node.hostname, node.addr, self._spec.nproc_per_node)
+    def _connect(self, remote: RemoteNode, port: ray.ObjectRef[int]) -> None:
+        with contextlib.suppress(ray.exceptions.RayError):  # the fetching thread will say what is wrong
+            number = ray.get(port, timeout=self._terms.silence_s)
+            if number:
+                self._lifelines.connect(remote.node.node_id, remote.node.addr, number, remote.process_ended)
 
-    def _live(self) -> list[tuple[survey.ClusterNode, NodeInfo]]:
-        infos = [node.node for node in self._nodes.values()]
-        return [(survey.ClusterNode(info.node_id, info.hostname, info.addr), info) for info in infos]
+    def _lost(self, node_id: str) -> None:
+        self._lifelines.forget(node_id)
+        if self._keeper is not None:
+            self._keeper.leave_alone(ray_id_of(node_id))
+            self._keeper.look_now()
+        with self._changed:
+            self._changed.notify_all()
+
+    def _held(self) -> list[RemoteNode]:
+        with self._changed:
+            return list(self._nodes.values())
+
+    def _ids_held(self) -> set[str]:
+        return {ray_id_of(node.node.node_id) for node in self._held() if not node.is_over}
+
+    def _ready(self) -> tuple[NodeInfo, ...]:
+        """Held nodes on which an attempt may run, in the order of the gang."""
+        infos = [
+            node.node for node in self._held() if not node.is_over and node.node.node_id not in self._told_to_leave
+        ]
+        by_name = sorted(infos, key=lambda info: survey.order_of_nodes(_as_cluster_node(info)))
+        return topology.in_order(by_name)
+
+    def _let_go(self, node: RemoteNode) -> None:
+        with self._changed:
+            self._nodes.pop(node.node.node_id, None)
+            self._gone[node.node.node_id] = node
+        self._lifelines.forget(node.node.node_id)
+        node.kill()
 
     def _give_back(self) -> None:
-        for node in self._nodes.values():
-            node.kill()
+        for node in self._held():
+            self._let_go(node)
         if self._group is not None:
             self._group.remove()
             self._group = None
+
+
+class _Tap:
+    """The sink, and the cluster's own interest in what comes of a node."""
+
+    def __init__(self, sink: EventSink, on_lost: Callable[[str], None], told_to_leave: set[str]) -> None:
+        self._sink = sink
+        self._on_lost = on_lost
+        self._told_to_leave = told_to_leave
+
+    def put(self, event: Event) -> None:
+        if isinstance(event, NodeDraining):
+            if event.node_id in self._told_to_leave:
+                return
+            self._told_to_leave.add(event.node_id)
+        self._sink.put(event)
+        if isinstance(event, NodeLost):
+            self._on_lost(event.node_id)
+
+    def put_log(self, output: Output) -> None:
+        self._sink.put_log(output)
+
+
+def ray_id_of(node_id: str) -> str:
+    """
+    >>> ray_id_of("3fe#2")
+    '3fe'
+    """
+    return node_id.partition("#")[0]
+
+
+def _as_cluster_node(info: NodeInfo) -> survey.ClusterNode:
+    return survey.ClusterNode(info.node_id, info.hostname, info.addr)

@@ -32,6 +32,7 @@ def connect_to_ray(address: str) -> str:
             f"a Ray cluster was named, and ray cannot be imported: {error}", advice="pip install 'ray[default]'"
         ) from error
     logging.getLogger("ray").setLevel(logging.CRITICAL)
+    _silence_news_of_nodes()
     resolved = _resolve(address)
     _knock(address, resolved)
     _check_credentials_and_versions(resolved)
@@ -49,6 +50,15 @@ def connect_to_ray(address: str) -> str:
             advice="is this machine one of its nodes? If not: ray job submit --address http://HEAD:8265 -- python -m launcher …",
         ) from error
     return resolved
+
+
+def _silence_news_of_nodes() -> None:
+    """Ray prints a page for each dead node of the cluster, whoever used it, on *standard output*, between the lines of our ranks, also
+    with `log_to_driver=False` (2.60). What concerns us we say ourselves."""
+    from ray._private import worker
+
+    if hasattr(worker, "print_to_stdstream"):
+        worker.print_to_stdstream = lambda *args, **kwargs: None
 
 
 def _resolve(address: str) -> str:

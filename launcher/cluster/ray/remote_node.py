@@ -11,26 +11,30 @@ import ray
 
 from launcher.cluster.ports import EventSink
 from launcher.cluster.ray.agent_actor import EVENT_GROUP, OUTPUT_GROUP
+from launcher.cluster.ray.lease import Terms
+from launcher.errors import NodeError
 from launcher.gang.events import AttemptPlan, NodeLost
 from launcher.gang.world import NodeInfo
 
-HEARTBEAT_S = 1.0
-"""How long a poll waits on the node when there is nothing to say."""
-SILENCE_S = 10.0
-"""A node that has not answered for so long is lost. Ray's own verdict on a silent link takes tens of seconds; a healthy agent answers
-every second, and one on a node whose CPUs are all taken within a few."""
-BROKEN_S = 3.0
-"""The same for a node to which the connection broke: its agent's process has most likely ended, but a network may also recover."""
+OUTPUT_POLL_S = 1.0
+"""How long a poll for output waits on the node when there is none."""
+LAST_WORDS_S = 0.2
+"""When an agent's process has ended, its actor may still say why; not for long."""
 
 
 class RemoteNode:
     """A NodeHandle over an AgentActor."""
 
-    def __init__(self, node: NodeInfo, actor: Any, sink: EventSink) -> None:
+    def __init__(self, node: NodeInfo, actor: Any, sink: EventSink, terms: Terms) -> None:
         self.node = node
+        self.lost_at_s: float | None = None
+        """Monotonic."""
+        self._terms = terms
         self._actor = actor
         self._sink = sink
         self._over = threading.Event()
+        self._losing = threading.Lock()
+        self._process_ended = threading.Event()
         self._threads = [
             threading.Thread(target=self._fetch_events, name=f"events-{node.hostname}", daemon=True),
             threading.Thread(target=self._fetch_outputs, name=f"logs-{node.hostname}", daemon=True),
@@ -47,8 +51,8 @@ class RemoteNode:
     def start_ranks(self, plan: AttemptPlan) -> None:
         self._tell("start_ranks", plan)
 
-    def stop_attempt(self, attempt: int, grace_s: float, signum: int) -> None:
-        self._tell("stop_attempt", attempt, grace_s, signum)
+    def stop_attempt(self, attempt: int, grace_s: float, signum: int, can_save: bool = False) -> None:
+        self._tell("stop_attempt", attempt, grace_s, signum, can_save)
 
     def ask_to_close(self) -> Any:
         """Asks the agent to end everything; returns what `ray.wait` can wait for, or None. Nothing is delivered after this."""
@@ -82,22 +86,33 @@ class RemoteNode:
         with contextlib.suppress(ray.exceptions.RayError):
             getattr(self._actor, method).remote(*args)
 
+    def process_ended(self) -> None:
+        """The agent's process is dead. What its actor says of it within a moment is the better reason."""
+        self._process_ended.set()
+        timer = threading.Timer(LAST_WORDS_S, self._lose, ["its agent's process is gone"])
+        timer.daemon = True
+        timer.start()
+
     def _fetch_events(self) -> None:
-        heard_s, num_arrived = time.monotonic(), 0
+        heard_s, num_arrived, last_heard = time.monotonic(), 0, 0
         while not self._over.is_set():
-            try:
-                poll = self._actor.poll_events.options(concurrency_group=EVENT_GROUP).remote(num_arrived, HEARTBEAT_S)
-                batch = ray.get(poll, timeout=SILENCE_S)
-            except ray.exceptions.GetTimeoutError:
-                self._lose(f"not heard of for {SILENCE_S:g} s")
+            left_s = heard_s + self._terms.silence_s - time.monotonic()
+            if left_s <= 0:
+                self._lose(f"not heard of for {self._terms.silence_s:g} s")
                 return
+            try:
+                poll = self._actor.poll_events.options(concurrency_group=EVENT_GROUP)
+                last_heard, batch = ray.get(poll.remote(num_arrived, last_heard, self._terms.poll_s), timeout=left_s)
+            except ray.exceptions.GetTimeoutError:
+                continue
             except ray.exceptions.ActorUnavailableError:
-                if time.monotonic() - heard_s >= BROKEN_S:
-                    self._lose(f"the connection to its agent is broken, for {BROKEN_S:g} s already")
-                    return
                 self._over.wait(0.1)
                 continue
             except ray.exceptions.RayError as error:
+                if not isinstance(getattr(error, "cause", None), NodeError):
+                    # Ray may be wrong: it takes a node for dead that it alone cannot reach, and the ranks there run on. Either the
+                    # process's end is seen, or the agent's lease has ended when our patience has.
+                    self._process_ended.wait(max(0.0, heard_s + self._terms.silence_s - time.monotonic()))
                 self._lose(_why_gone(error))
                 return
             heard_s = time.monotonic()
@@ -111,7 +126,7 @@ class RemoteNode:
         while not self._over.is_set():
             try:
                 poll = self._actor.poll_outputs.options(concurrency_group=OUTPUT_GROUP)
-                outputs = ray.get(poll.remote(num_arrived, HEARTBEAT_S))
+                outputs = ray.get(poll.remote(num_arrived, OUTPUT_POLL_S))
             except ray.exceptions.ActorUnavailableError:
                 self._over.wait(0.2)
                 continue
@@ -123,9 +138,11 @@ class RemoteNode:
 
     def _lose(self, reason: str) -> None:
         """Reports the loss, unless it was we who ended the agent."""
-        if self._over.is_set():
-            return
-        self._over.set()
+        with self._losing:
+            if self._over.is_set():
+                return
+            self.lost_at_s = time.monotonic()
+            self._over.set()
         self._sink.put(NodeLost(self.node.node_id, reason, time.time()))
         self.kill()
 
@@ -136,6 +153,9 @@ def _why_gone(error: Exception) -> str:
     >>> _why_gone(ray.exceptions.RayError("The actor died.\\n  class_name: AgentActor"))
     'its agent is gone (The actor died.)'
     """
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, NodeError):
+        return cause.message
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if isinstance(error, ray.exceptions.ActorDiedError):
         # "The actor died because its node has died. Node Id: …" stands after the actor's particulars

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import ray
@@ -35,9 +35,9 @@ def live_nodes() -> dict[str, ClusterNode]:
     }
 
 
-def offers() -> tuple[NodeOffer, ...]:
-    """What each live node has and has free."""
-    draining = ray_state.state.get_draining_nodes()
+def offers(left_out: Collection[str] = ()) -> tuple[NodeOffer, ...]:
+    """What each live node has and has free, without those whose ids are `left_out` and those that are told to leave."""
+    leaving = draining()
     free = ray_state.available_resources_per_node()
     return tuple(
         NodeOffer(
@@ -48,8 +48,14 @@ def offers() -> tuple[NodeOffer, ...]:
             group=node.get("Labels", {}).get("ray.io/node-group", ""),
         )
         for node in ray.nodes()
-        if node["Alive"] and node["NodeID"] not in draining
+        if node["Alive"] and node["NodeID"] not in leaving and node["NodeID"] not in left_out
     )
+
+
+def draining() -> dict[str, float | None]:
+    """Nodes that were told to leave, and when they are gone (wall clock; None: nobody says)."""
+    told: Mapping[str, int] = ray_state.state.get_draining_nodes()
+    return {node_id: deadline_ms / 1000 if deadline_ms else None for node_id, deadline_ms in told.items()}
 
 
 def _told(resources: Mapping[str, float]) -> dict[str, float]:

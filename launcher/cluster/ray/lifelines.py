@@ -1,0 +1,95 @@
+"""An open connection to each agent's process, which carries nothing: its end is the news that the process is dead.
+
+The kernel of the other machine sends it in milliseconds, whatever killed the process (Ray needs one to some ten seconds for its own
+verdict on an actor, longer for a node). It can only say that somebody died: a cut link or a machine without power says nothing, and
+silence is the heartbeat's business. Nor is a connection that cannot be made any news.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import selectors
+import socket
+import threading
+from collections.abc import Callable
+
+_CONNECT_S = 1.0
+
+
+class Lifelines:
+    """One thread for all nodes. Any thread may call any method."""
+
+    def __init__(self) -> None:
+        self._selector = selectors.DefaultSelector()
+        self._lock = threading.Lock()
+        self._lines: dict[str, socket.socket] = {}
+        self._is_closed = False
+        self._wake_fd, self._wake_write_fd = os.pipe()
+        self._selector.register(self._wake_fd, selectors.EVENT_READ, None)
+        self._thread = threading.Thread(target=self._run, name="lifelines", daemon=True)
+        self._thread.start()
+
+    def connect(self, node_id: str, addr: str, port: int, on_end: Callable[[], None]) -> None:
+        """Calls `on_end` once, from our thread, when the process at the other end is dead. Blocks for the connection, at most a second."""
+        try:
+            line = socket.create_connection((addr, port), _CONNECT_S)
+        except OSError:
+            return
+        line.setblocking(False)
+        with self._lock:
+            if self._is_closed:
+                line.close()
+                return
+            self._lines[node_id] = line
+            self._selector.register(line, selectors.EVENT_READ, (node_id, on_end))
+        self._wake()
+
+    def forget(self, node_id: str) -> None:
+        """The node is no longer ours."""
+        with self._lock:
+            line = self._lines.pop(node_id, None)
+            if line is not None:
+                with contextlib.suppress(KeyError, ValueError, RuntimeError):  # the thread has closed it
+                    self._selector.unregister(line)
+                line.close()
+
+    def close(self) -> None:
+        """Nothing is called after this."""
+        with self._lock:
+            if self._is_closed:
+                return
+            self._is_closed = True
+        self._wake()
+        if self._thread is not threading.current_thread():
+            self._thread.join(2.0)
+        for node_id in list(self._lines):
+            self.forget(node_id)
+
+    def _wake(self) -> None:
+        with contextlib.suppress(OSError):
+            os.write(self._wake_write_fd, b"x")
+
+    def _run(self) -> None:
+        while not self._is_closed:
+            for key, _ in self._selector.select():
+                if key.data is None:
+                    os.read(self._wake_fd, 4096)
+                    continue
+                node_id, on_end = key.data
+                if self._has_ended(key.fileobj):
+                    self.forget(node_id)
+                    on_end()
+        self._selector.close()
+        os.close(self._wake_fd)
+        os.close(self._wake_write_fd)
+
+    @staticmethod
+    def _has_ended(line: object) -> bool:
+        assert isinstance(line, socket.socket)
+        try:
+            return line.recv(4096) == b""
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
