@@ -328,6 +328,8 @@ def installed_modules(modules_file: str) -> list[str]:
     return [
         name
         for name, origin in found
+        # launcher.preemption listens for signals when it is imported: that must happen in the rank
+        if name.partition(".")[0] != "launcher"
         if origin in ("built-in", "frozen") or any(origin.startswith(place) for place in places)
     ]
 
