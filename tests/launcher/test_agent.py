@@ -48,10 +48,14 @@ def test_a_fault_in_the_agent_loses_the_node_and_leaves_nobody_alive(
     """A loop that died in silence would let the job hang for ever."""
     world = house.begin("wait")
     house.start(world)
-    guardians = [Process.of(pid) for pid in children_of(os.getpid()) if _name(pid) == "railhead-guard"]
-    ranks = [Process.of(child) for guardian in guardians for child in children_of(guardian.pid)]
-    assert len(ranks) == 3, "two ranks and the store's host"
-    monkeypatch.setattr(NodeAttempt, "stop", lambda self, grace_s, signum: 1 // 0)
+
+    def guarded() -> list[int]:
+        guardians = [pid for pid in children_of(os.getpid()) if _name(pid) == "railhead-guard"]
+        return [child for guardian in guardians for child in children_of(guardian)]
+
+    wait_until(lambda: len(guarded()) == 3, "two ranks and the store's host to run")
+    ranks = [Process.of(pid) for pid in guarded()]
+    monkeypatch.setattr(NodeAttempt, "stop", lambda *args: 1 // 0)
     house.stop(world)
     lost = house.sink.wait_for(NodeLost)[0]
     assert "ZeroDivisionError" in lost.reason
