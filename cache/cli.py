@@ -21,6 +21,7 @@ from typing import Any
 import click
 
 from cache.daemon.config import DaemonConfig, Share, format_bytes, parse_address, parse_bytes, parse_share
+from cache.daemon.peerconfig import peer_config
 from cache.data_commands import index
 from cache.errors import CacheConfigError, CacheError, DaemonUnavailable
 from cache.store.directory import serving_daemon
@@ -127,6 +128,20 @@ def cli() -> None:
     metavar="HOST:PORT",
     help="Serve /metrics, /healthz and /status over HTTP here. [default: not]",
 )
+@click.option(
+    "--peers",
+    metavar="dns:SERVICE:PORT|HOST:PORT,…",
+    help="Other nodes' daemons, with which this one shares what it fetches: a name that resolves to all, or a list.",
+)
+@click.option("--peer-listen", metavar="ADDR:PORT", help="Where other daemons reach this one.")
+@click.option(
+    "--peer-key-file",
+    type=click.Path(path_type=Path),
+    help="Key that all peers share (16 random bytes or more). Needed unless --peer-listen is loopback.",
+)
+@click.option("--peer-tls-cert", type=click.Path(path_type=Path), help="Certificate (PEM) for TLS between peers.")
+@click.option("--peer-tls-key", type=click.Path(path_type=Path), help="Its key.")
+@click.option("--peer-tls-ca", type=click.Path(path_type=Path), help="CA that all peers' certificates are from.")
 @click.option("--announce", is_flag=True, help="Print one JSON line on standard output once readers can connect.")
 @click.option("--exit-with-parent", is_flag=True, help="Drain and exit when the process that started the daemon dies.")
 @click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True)
@@ -142,6 +157,12 @@ def serve(
     max_in_flight: int,
     metadata_ttl: float,
     metrics: tuple[str, int] | None,
+    peers: str | None,
+    peer_listen: str | None,
+    peer_key_file: Path | None,
+    peer_tls_cert: Path | None,
+    peer_tls_key: Path | None,
+    peer_tls_ca: Path | None,
     announce: bool,
     exit_with_parent: bool,
     log_format: str,
@@ -162,6 +183,7 @@ def serve(
         max_in_flight=max_in_flight,
         metadata_ttl_s=metadata_ttl,
         metrics=metrics,
+        peers=peer_config(peers, peer_listen, peer_key_file, (peer_tls_cert, peer_tls_key, peer_tls_ca)),
         exit_with_parent=exit_with_parent,
     )
     sys.exit(run_daemon(config, announce=announce))

@@ -5,6 +5,7 @@ CacheError
 ├── DaemonUnavailable       platform: no daemon answers at the socket (clients go to the origin instead)
 ├── CapacityError           platform: the block cannot be kept locally (clients go to the origin instead)
 │   └── DiskError           the local disk itself refused (`kind` says how: full, inodes, quota, read-only, gone, io, slow, other)
+├── PeerError               another node's daemon could not lend a block (`reason` says how); the origin is read instead
 ├── FormatError             whoever wrote the shard: its bytes are not what the format says (`offset` says where)
 ├── CorruptBlock            platform: bytes on the local disk are not those that were fetched
 └── OriginError             the object store; `is_retryable` says whether trying again can help
@@ -69,6 +70,17 @@ class DiskError(CapacityError):
         return {**super().to_wire(), "kind": self.kind}
 
 
+class PeerError(CacheError):
+    """A peer could not lend. `reason`: dead, silent, slow, refused, not-owner, wrong-bytes or failed."""
+
+    def __init__(self, message: str, *, advice: str = "", url: str = "", reason: str = "failed") -> None:
+        super().__init__(message, advice=advice, url=url)
+        self.reason = reason
+
+    def to_wire(self) -> dict[str, Any]:
+        return {**super().to_wire(), "reason": self.reason}
+
+
 class FormatError(CacheError):
     """A shard is not what its format says. `offset` is the byte of the object at which that was seen."""
 
@@ -129,6 +141,7 @@ _BY_NAME: dict[str, type[CacheError]] = {
         DaemonUnavailable,
         CapacityError,
         DiskError,
+        PeerError,
         FormatError,
         CorruptBlock,
         OriginError,
@@ -151,6 +164,7 @@ def from_wire(data: dict[str, Any]) -> CacheError:
         OriginThrottled: {"retry_after_s"},
         FormatError: {"offset"},
         DiskError: {"kind"},
+        PeerError: {"reason"},
     }
     known = {"advice", "url"} | own.get(cls, set())
     return cls(message, **{key: value for key, value in fields.items() if key in known})

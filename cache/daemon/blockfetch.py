@@ -14,6 +14,7 @@ from collections.abc import Callable
 import crc32c
 
 from cache.blocks import BLOCK_BYTES
+from cache.errors import CorruptBlock
 from cache.origin import failures
 from cache.origin.plain_http import (
     MAX_ERROR_BODY_BYTES,
@@ -46,6 +47,8 @@ class BlockFetch:
         self.write_s = 0.0
         """How long the local disk took to take it."""
         self.is_closed = False
+        self.expected: list[int] | None = None
+        """Checksums that the blocks must have (a peer's); None: what comes is what is believed (the origin's)."""
         self._fd = fd
         self._header = header
         self._slot = slot
@@ -53,7 +56,8 @@ class BlockFetch:
         self._connections: set[RangeConnection] = set()
 
     def put(self, at: int, data: memoryview) -> bool:
-        """The bytes from `at` (within the run) on. False: no more are needed. Raises CapacityError when the disk refuses them."""
+        """The bytes from `at` (within the run) on. False: no more are needed. Raises CapacityError when the disk refuses them,
+        CorruptBlock when a block is not what was expected (then it is not there)."""
         with self._lock:
             if self.is_closed:
                 return False
@@ -72,6 +76,9 @@ class BlockFetch:
 
     def _block_is_whole(self) -> None:
         idx = (self.done - 1) // BLOCK_BYTES
+        if self.expected is not None and self.expected[idx] != self.crc:
+            self.done, self.crc = idx * BLOCK_BYTES, 0
+            raise CorruptBlock(f"block {idx} of the run is not what its checksum says")
         write_entry(self._fd, self._header, self._slot + idx, self.crc, self.done - idx * BLOCK_BYTES)
         self.crc = 0
 
@@ -107,7 +114,7 @@ def read_run(
 ) -> float:
     """Reads what is missing of a run that begins at `run_start` of the object; the seconds to the first byte. Blocks its thread.
 
-    `check`: a further look at the answer's head. Raises OriginError, CapacityError, NotPlain.
+    `check`: a first look at the answer's head. Raises what it raises, OriginError, CapacityError, CorruptBlock, NotPlain.
     """
     first = run.done
     start, end = run_start + first, run_start + run.length
@@ -119,13 +126,13 @@ def read_run(
         raise transport_error(url, error, stall_s) from error
     is_reusable = False
     try:
+        if check is not None:
+            check(head)
         if head.status != 206:
             length = head.length if head.length is not None else MAX_ERROR_BODY_BYTES + 1
             body = connection.drain(min(length, MAX_ERROR_BODY_BYTES))
             is_reusable = len(body) == length and head.keeps_alive
             raise refusal(url, head, body, time.time())
-        if check is not None:
-            check(head)
         check_partial(url, etag, start, end, head)
         first_byte_s = time.monotonic() - began_s
         is_reusable = _read_body(run, connection, first, url, start, end, stall_s) and head.keeps_alive

@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from cache.daemon.peerconfig import PeerConfig
 from cache.errors import CacheConfigError
 
 MAX_SOCKET_PATH_BYTES = 107
@@ -55,6 +56,8 @@ class DaemonConfig:
     NVMe disk reads. 0: never."""
     metrics: tuple[str, int] | None = None
     """Host and port for /metrics, /healthz and /status over HTTP; None: not offered."""
+    peers: PeerConfig | None = None
+    """The other daemons of a cluster, with which this one shares what it fetches; None: it is alone."""
     exit_with_parent: bool = False
     """Drain and exit when the process that started the daemon dies, by whatever signal."""
 

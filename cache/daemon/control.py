@@ -10,6 +10,7 @@ import asyncio
 import itertools
 import logging
 import random
+import socket
 import time
 import uuid
 from collections.abc import Callable, Coroutine, Iterable
@@ -21,7 +22,10 @@ from cache.daemon.catalogue import Catalogue
 from cache.daemon.config import DaemonConfig
 from cache.daemon.hands import Hands
 from cache.daemon.indexes import Indexes
-from cache.daemon.pool import WorkerPool
+from cache.daemon.lending import Lending
+from cache.daemon.peerconfig import PeerConfig
+from cache.daemon.peers import Peers, listen, node_id_of
+from cache.daemon.pool import Greeting, WorkerPool
 from cache.daemon.words import Words
 from cache.order.lookahead import Visit
 from cache.residency import messages as m
@@ -64,6 +68,7 @@ class Control:
         )
         self.catalogue = Catalogue(self.pool, self.residency, config.metadata_ttl_s)
         self.hands = Hands(directory, self.pool, self.residency.origins, self._step, self.catalogue.forget)
+        self.peers: Peers | None = None
         self.daemon_id = uuid.uuid4().hex
         """Of this process: a reader must not mix two daemons' words and generations."""
         self.on_held_evicted: Callable[[Iterable[str]], None] = lambda client_ids: None
@@ -76,9 +81,28 @@ class Control:
         self._answers: dict[int, asyncio.Future[m.Answer]] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._health_said_s = 0.0
+        self._listener: socket.socket | None = None
         self.indexes = Indexes(
             directory.path, lambda: self.residency.budget.capacity_bytes, self._ask, self._step, self._request_ids
         )
+
+        if config.peers is not None:
+            self._join(config.peers)
+
+    def _join(self, config: PeerConfig) -> None:
+        """Makes this daemon a peer of others. Raises CacheConfigError."""
+        key, node_id = config.read_key(), node_id_of(self.directory.path)
+        listener = listen(config)
+        lending = Lending(self, node_id, on_loopback=config.is_loopback)
+        tls = [str(path) for path in config.tls] if config.tls is not None else None
+        header = {"op": "peers", "key": key.hex(), "node_id": node_id, "listener": listener.fileno(), "tls": tls}
+        self.pool.greeting = Greeting(header, (listener.fileno(),), lending.answer)
+        self.pool.on_gone = lending.worker_gone
+        self._listener = listener
+        capacity, origins = self.config.capacity_bytes, self.residency.origins
+        changed = lambda: self._step(m.TimePassed())  # noqa: E731
+        self.peers = Peers(config, key, node_id, self.daemon_id, capacity, origins, changed)
+        self.hands.peers = self.peers
 
     # -- life --
 
@@ -93,6 +117,10 @@ class Control:
         # The capacity may have been made smaller since the last run: evict down to it before anybody reads.
         self._step(m.CapacityChanged(self.config.capacity_bytes))
         self._spawn(self._beat())
+        if self.peers is not None:
+            # Once before anybody reads: else the first blocks would all be fetched by all.
+            await self.peers.round()
+            self._spawn(self.peers.run())
         self._spawn(self.hands.watch_disk(self.residency.budget))
         if self.config.scrub_bytes_per_s:
             self._spawn(self._scrub())
@@ -119,6 +147,8 @@ class Control:
         await asyncio.gather(*tasks, return_exceptions=True)
         await self.catalogue.close()
         await self.pool.close()
+        if self._listener is not None:
+            self._listener.close()
         self.indexes.close()
         self.hands.close()
         self.words.close()
@@ -132,13 +162,20 @@ class Control:
         return object_id
 
     async def want(
-        self, client_id: str, content_id: str, first: int, end: int, hand_over: Callable[[m.Answer], T]
+        self,
+        client_id: str,
+        content_id: str,
+        first: int,
+        end: int,
+        hand_over: Callable[[m.Answer], T],
+        *,
+        for_peer: bool = False,
     ) -> T:
         """Waits until the blocks [first, end) of one extent are readable; `hand_over(answer)` is called while the extent cannot be
         evicted. Raises CacheError."""
         request_id = next(self._request_ids)
         try:
-            return hand_over(await self._ask(m.BlocksWanted(request_id, client_id, content_id, first, end)))
+            return hand_over(await self._ask(m.BlocksWanted(request_id, client_id, content_id, first, end, for_peer)))
         finally:
             self._step(m.WantSettled(request_id))
 
@@ -196,6 +233,7 @@ class Control:
             "worker_restarts": self.pool.num_restarts,
             "scrub_rounds": residency.scrubber.num_rounds,
             "disk": self._disk_status(),
+            **({"peers": self.peers.account()} if self.peers is not None else {}),
             "origins": residency.origins.account(),
             "fetching": asdict(self.hands.fetcher.totals),
             "counters": asdict(residency.counters),

@@ -16,14 +16,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from cache.blocks import BLOCK_BYTES
+from cache.daemon.borrowing import SILENCE_S
 from cache.daemon.pool import WorkerPool, WorkerProcess
-from cache.errors import CacheError, CapacityError, OriginThrottled, from_wire
+from cache.errors import CacheError, CapacityError, OriginThrottled, PeerError, from_wire
 from cache.residency.origins import OriginState
 
 MAX_GOING_ON = 8
 """Tries in a row of which each brought some bytes, before the machine is asked again."""
 
 MAX_REMEMBERED = 4096
+
+SLOW_PEER_S = 5.0
+"""A peer that works but takes longer is passed by, within the budget of hedges: when all are slow, the origin would be no faster."""
 
 PartKey = tuple[str, int]
 """A file and the first byte of a block of it that came in part."""
@@ -99,6 +103,32 @@ class Fetcher:
             done = 0  # The disk refused: what it said of earlier bytes is not relied on.
         self._remember(request, done, crc)
         return FetchResult(error=error, num_whole_blocks=done // BLOCK_BYTES)
+
+    async def borrow(self, request: dict[str, Any], peer: dict[str, Any], state: OriginState) -> FetchResult:
+        """Has a run brought from another node; an error that says how that went wrong is a PeerError."""
+        asked = {**request, "op": "fetch", "fetch_id": next(self._ids), "stall_s": SILENCE_S, "peer": peer}
+        worker, began_s = self._pool.pick(), time.monotonic()
+        answering = asyncio.create_task(worker.request(asked))
+        is_slow = False
+        try:
+            await asyncio.wait([answering], timeout=SLOW_PEER_S)
+            if not answering.done() and state.hedging.take(time.monotonic()):
+                is_slow = True
+                with contextlib.suppress(CacheError):
+                    await worker.request({"op": "cancel", "fetch_id": asked["fetch_id"]})
+            answer = (await answering).header
+        except CacheError as error:
+            return FetchResult(error=error)
+        finally:
+            answering.cancel()
+        if "failed" not in answer:
+            seconds = time.monotonic() - began_s
+            state.hedging.landed(request["end"] - request["start"], seconds, answer["first_byte_s"])
+            return FetchResult(seconds, answer["write_s"])
+        failed = from_wire(answer["failed"])
+        if is_slow and not isinstance(failed, CapacityError):
+            failed = PeerError(f"peer {peer['node']} took more than {SLOW_PEER_S:g} s", reason="slow")
+        return FetchResult(error=failed)
 
     async def _ask(
         self, worker: WorkerProcess, request: dict[str, Any], num_bytes: int, origin: OriginState

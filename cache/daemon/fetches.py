@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import os
+import ssl
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 from cache.daemon.blockfetch import BlockFetch, read_run
+from cache.daemon.borrowing import answer_check, as_peer_error, peer_target
+from cache.daemon.peerauth import Ask
 from cache.errors import CacheError, CapacityError, CorruptBlock, DiskError, OriginUnavailable
-from cache.origin.plain_http import Connections, NotPlain, PlainTarget
+from cache.origin.plain_http import Connections, Head, NotPlain, PlainTarget
 from cache.origin.registry import origin_for
 from cache.store.files import disk_error
 from cache.store.format import TABLE_OFFSET, decode_identity
@@ -34,9 +38,16 @@ class _Running:
     run: BlockFetch
     request: dict[str, Any]
     target: PlainTarget
+    check: Callable[[Head], None] | None
     result: asyncio.Future[float]
     num_readers: int = 0
     errors: list[BaseException] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Peering:
+    key: bytes
+    client_tls: ssl.SSLContext | None
 
 
 class Fetches:
@@ -46,6 +57,8 @@ class Fetches:
         self._connections = Connections()
         self._threads = ThreadPoolExecutor(MAX_READERS, thread_name_prefix="reader")
         self._running: dict[int, _Running] = {}
+        self.peering: Peering | None = None
+        """How peers are spoken to; None: there are none."""
         self._whole = asyncio.Semaphore(MAX_WHOLE)
         self._reading: set[asyncio.Future[float]] = set()
 
@@ -54,13 +67,25 @@ class Fetches:
         began_s = time.monotonic()
         run = _open_run(request)
         try:
-            first_byte_s = await self._from_origin(run, request)
+            if "peer" in request:
+                first_byte_s = await self._from_peer(run, request, request["peer"])
+            else:
+                first_byte_s = await self._from_origin(run, request)
         except CacheError as error:
             run.close()  # From here on nothing moves: what is said is what is there.
             return {"failed": error.to_wire(), "done": run.done, "crc": run.crc}
         finally:
             run.close()
         return {"seconds": time.monotonic() - began_s, "first_byte_s": first_byte_s, "write_s": run.write_s}
+
+    def cancel(self, fetch_id: int) -> bool:
+        """Gives up a run that is under way; its fetch fails."""
+        running = self._running.get(fetch_id)
+        if running is None or running.result.done():
+            return False
+        running.run.close()
+        running.result.set_exception(OriginUnavailable("given up"))
+        return True
 
     def hedge(self, fetch_id: int) -> bool:
         """A second reader for a run that is still under way."""
@@ -96,8 +121,27 @@ class Fetches:
         origin.is_not_plain()
         return first_byte_s
 
-    async def _read(self, run: BlockFetch, request: dict[str, Any], target: PlainTarget) -> float:
-        running = _Running(run, request, target, asyncio.get_running_loop().create_future())
+    async def _from_peer(self, run: BlockFetch, request: dict[str, Any], peer: dict[str, Any]) -> float:
+        assert self.peering is not None
+        ask = Ask(peer["node"], peer["content_id"], peer["first"], peer["end"])
+        about = {"url": request["url"], "etag": request["etag"], "size_bytes": peer["size_bytes"]}
+        address, tls = (peer["host"], peer["port"]), self.peering.client_tls
+        target, nonce = peer_target(self.peering.key, ask, address, about, time.time(), tls=tls)
+        try:
+            return await self._read(run, request, target, answer_check(self.peering.key, ask, nonce, run))
+        except CapacityError:
+            raise
+        except (CacheError, NotPlain) as error:
+            raise as_peer_error(ask.audience, error) from error
+
+    async def _read(
+        self,
+        run: BlockFetch,
+        request: dict[str, Any],
+        target: PlainTarget,
+        check: Callable[[Head], None] | None = None,
+    ) -> float:
+        running = _Running(run, request, target, check, asyncio.get_running_loop().create_future())
         fetch_id = int(request.get("fetch_id", 0))
         self._running[fetch_id] = running
         try:
@@ -119,6 +163,7 @@ class Fetches:
             request["etag"],
             request["start"],
             float(request.get("stall_s", STALL_S)),
+            running.check,
         )
         self._reading.add(reading)
         reading.add_done_callback(self._reading.discard)

@@ -16,13 +16,14 @@ from typing import Any, TypeVar
 
 from cache.blocks import BLOCKS_PER_EXTENT, ExtentId, ObjectId, run_span
 from cache.daemon import wire
-from cache.daemon.fetcher import Fetcher
+from cache.daemon.fetcher import Fetcher, FetchResult
+from cache.daemon.peers import Peers
 from cache.daemon.pool import WorkerPool
-from cache.errors import CacheError, CorruptBlock, DiskError, ObjectChanged, OriginUnavailable
+from cache.errors import CacheError, CorruptBlock, DiskError, ObjectChanged, OriginUnavailable, PeerError
 from cache.residency import messages as m
 from cache.residency.budget import Budget
 from cache.residency.health import SLOW_S
-from cache.residency.origins import Origins
+from cache.residency.origins import Origins, OriginState
 from cache.residency.retry import RetryPolicy
 from cache.store.directory import CacheDirectory
 from cache.store.files import DiskSpace, create_extent, disk_space, probe_disk, remove_extent, slow_disk_error
@@ -60,6 +61,7 @@ class Hands:
         self._origins = origins
         self._tell = tell
         self._on_changed = on_changed
+        self.peers: Peers | None = None
         self.space: DiskSpace | None = None
         """What the file system had left when it was looked at last."""
         self._index: Index | None = None
@@ -115,16 +117,36 @@ class Hands:
             "path": str(self.directory.extent_path(extent, action.generation)),
             "slot": action.first % BLOCKS_PER_EXTENT,
         }
-        result = await self.fetcher.fetch(request, self._origins.of(oid.url))
+        state = self._origins.of(oid.url, action.source)
+        if action.source:
+            result = await self._borrow(action, request, state)
+        else:
+            result = await self.fetcher.fetch(request, state)
         first, end_block = action.first, action.end
         if result.error is None:
-            took = (result.write_s, result.seconds)
+            took = (result.write_s, result.seconds, action.source, action.source)
             self._tell(m.BlocksLanded(extent, action.generation, first, end_block, end - start, *took))
             return
         if isinstance(result.error, ObjectChanged):
             self._on_changed(oid)
         landed = first + result.num_whole_blocks
-        self._tell(m.BlocksFailed(extent, action.generation, first, end_block, result.error, landed))
+        self._tell(m.BlocksFailed(extent, action.generation, first, end_block, result.error, landed, action.source))
+
+    async def _borrow(self, action: m.FetchBlocks, request: dict[str, Any], state: OriginState) -> FetchResult:
+        assert self.peers is not None
+        oid, address = action.object_id, self.peers.address_of(action.source)
+        if address is None:
+            result = FetchResult(error=PeerError(f"peer {action.source} is known no longer", reason="dead"))
+        else:
+            peer = {"node": action.source, "host": address[0], "port": address[1], "size_bytes": oid.size_bytes}
+            peer |= {"content_id": oid.content_id, "first": action.first, "end": action.end}
+            result = await self.fetcher.borrow(request, peer, state)
+        if isinstance(result.error, PeerError):
+            self.peers.failed(action.source, result.error)
+        elif isinstance(result.error, OriginUnavailable):
+            # Our own worker died.
+            result = FetchResult(error=PeerError(result.error.message, reason="failed"))
+        return result
 
     async def check(self, action: m.CheckBlocks) -> None:
         extent = ExtentId(action.object_id.content_id, action.extent_idx)

@@ -30,7 +30,10 @@ GAUGES = {
 }
 DISK_STATE = "1 for the state that the disk's health is in"
 COUNTERS = {
-    "fetched_blocks": "Blocks fetched from the origin",
+    "fetched_blocks": "Blocks fetched from the origin or a peer",
+    "borrowed_bytes": "Bytes taken from other nodes",
+    "lent_bytes": "Bytes given to other nodes",
+    "peer_bypasses": "Fetches that another node should have served and did not",
     "fetched_bytes": "Bytes fetched from the origin",
     "demand_fetches": "Fetches that a reader waited for",
     "prefetches": "Fetches ahead of the readers",

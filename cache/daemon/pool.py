@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import logging
 import os
@@ -10,6 +11,8 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from cache.daemon import wire
@@ -25,19 +28,34 @@ PING_TIMEOUT_S = 30.0
 """A worker that writes to a busy disk may be away for seconds; half a minute is no longer work."""
 
 
+@dataclass(frozen=True)
+class Greeting:
+    """The first request that a worker gets, the descriptors that it is about, and who answers what the worker asks back (its process id and
+    its question)."""
+
+    header: dict[str, Any]
+    fds: tuple[int, ...]
+    answer: Callable[[int, dict[str, Any]], Awaitable[dict[str, Any]]]
+
+
 class WorkerProcess:
     """One worker. `request` may be called concurrently from the event loop."""
 
-    def __init__(self) -> None:
+    def __init__(self, greeting: Greeting | None = None) -> None:
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         with theirs:
-            self.process = start_worker(theirs)
+            self.process = start_worker(theirs, pass_fds=greeting.fds if greeting is not None else ())
         self._sock = ours
+        self._answer = greeting.answer if greeting is not None else None
+        self._answering: set[asyncio.Task[None]] = set()
         self._next_id = 0
         self._waiting: dict[int, asyncio.Future[wire.Frame]] = {}
         self._send_lock = asyncio.Lock()
         self.reader = asyncio.create_task(self._read())
+        if greeting is not None:
+            # The first frame that it gets, so nothing is asked of it before it knows.
+            ours.sendall(wire.encode({**greeting.header, "id": 0}))
 
     @property
     def num_waiting(self) -> int:
@@ -69,6 +87,11 @@ class WorkerProcess:
         try:
             while data := await loop.sock_recv(self._sock, RECV_BYTES):
                 for frame in decoder.feed(data):
+                    if "ask" in frame.header:
+                        task = asyncio.create_task(self._answer_worker(frame.header))
+                        self._answering.add(task)
+                        task.add_done_callback(self._answering.discard)
+                        continue
                     future = self._waiting.get(frame.header.get("id", -1))
                     if future is not None and not future.done():
                         future.set_result(frame)
@@ -83,9 +106,26 @@ class WorkerProcess:
                     OriginUnavailable(f"fetch worker {self.process.pid} died while it worked on this request")
                 )
 
+    async def _answer_worker(self, header: dict[str, Any]) -> None:
+        """A question of the worker to this process (what other nodes' daemons ask it)."""
+        try:
+            if self._answer is None:
+                raise CacheError("nobody answers workers here")
+            answer = await self._answer(self.process.pid, header)
+        except CacheError as error:
+            answer = {"error": error.to_wire()}
+        except (KeyError, TypeError, ValueError) as error:
+            answer = {"error": CacheError(f"malformed: {error!r}").to_wire()}
+        with contextlib.suppress(OSError):
+            async with self._send_lock:
+                message = wire.encode({**answer, "answer": header["ask"]})
+                await asyncio.get_running_loop().sock_sendall(self._sock, message)
+
     def close(self) -> None:
         """The worker ends by itself when its socket closes; `kill` for the one that does not."""
         self.reader.cancel()
+        for task in self._answering:
+            task.cancel()
         self._sock.close()
 
 
@@ -94,12 +134,16 @@ class WorkerPool:
 
     def __init__(self, size: int) -> None:
         self._size = size
+        self.greeting: Greeting | None = None
+        """What each worker is told when it begins."""
+        self.on_gone: Callable[[int], None] = lambda pid: None
+        """Called with the process id of a worker that has ended."""
         self._workers: list[WorkerProcess] = []
         self._keepers: list[asyncio.Task[None]] = []
         self.num_restarts = 0
 
     def start(self) -> None:
-        self._workers = [WorkerProcess() for _ in range(self._size)]
+        self._workers = [WorkerProcess(self.greeting) for _ in range(self._size)]
         self._keepers = [asyncio.create_task(self._keep(idx)) for idx in range(self._size)]
 
     @property
@@ -126,8 +170,9 @@ class WorkerPool:
             log.warning("fetch worker %d ended (%s); starting another", worker.process.pid, _describe_exit(code))
             worker.close()
             self.num_restarts += 1
+            self.on_gone(worker.process.pid)
             await asyncio.sleep(0.1)
-            self._workers[idx] = WorkerProcess()
+            self._workers[idx] = WorkerProcess(self.greeting)
 
     async def close(self, grace_s: float = 1.0) -> None:
         for keeper in self._keepers:
@@ -158,7 +203,9 @@ async def _watch(worker: WorkerProcess) -> None:
             return  # It died; its keeper notices.
 
 
-def start_worker(sock: socket.socket, *, dies_with_parent: bool = True) -> subprocess.Popen[bytes]:
+def start_worker(
+    sock: socket.socket, *, dies_with_parent: bool = True, pass_fds: Sequence[int] = ()
+) -> subprocess.Popen[bytes]:
     """A worker process that serves `sock` until the other end closes. `dies_with_parent`: also when the calling thread ends, however."""
     libc = ctypes.CDLL(None)
 
@@ -172,7 +219,7 @@ def start_worker(sock: socket.socket, *, dies_with_parent: bool = True) -> subpr
         [sys.executable, "-P", "-c", code, str(sock.fileno())],
         stdin=subprocess.DEVNULL,
         stdout=2,
-        pass_fds=[sock.fileno()],
+        pass_fds=[sock.fileno(), *pass_fds],
         preexec_fn=die_with_parent if dies_with_parent else None,
     )
 

@@ -9,8 +9,10 @@ use one of these as well, to read the origin directly (client/direct.py).
     read   {url, etag, start, end}                          → body
     fetch  {url, etag, start, end, path, slot, …}           → {seconds, first_byte_s, write_s}     the blocks are in their file
            {…, fetch_id, stall_s, done, crc}                → {failed, done, crc}         or not: how far it came, to go on from there
+    cancel {fetch_id}                                       → {is_over}             a fetch is given up
     hedge  {fetch_id}                                       → {is_started}          a second reader for a fetch that is late
     check  {path, slot, length, from_device}                → {sound, read_s}       of each block
+    peers  {key, node_id, listener, tls}                    → {}                    from now on serves other nodes' daemons, and asks them
     ping   {}                                               → {}
     table  {path}                                           → {present}
 """
@@ -29,8 +31,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cache.daemon import wire
-from cache.daemon.fetches import Fetches
-from cache.errors import CacheError, CapacityError, CorruptBlock, DiskError, OriginUnavailable
+from cache.daemon.fetches import Fetches, Peering
+from cache.daemon.peerserver import PeerServer
+from cache.daemon.peertls import client_context, server_context
+from cache.errors import CacheError, CapacityError, CorruptBlock, DiskError, OriginUnavailable, from_wire
 from cache.origin.registry import close_origins, origin_for
 from cache.store.files import disk_error, read_header, sound_blocks
 from cache.store.format import TABLE_OFFSET, ExtentHeader, decode_identity
@@ -72,6 +76,8 @@ class Worker:
         self._tasks: set[asyncio.Task[None]] = set()
         self._send_lock = asyncio.Lock()
         self._fetches = Fetches()
+        self._asked: dict[int, asyncio.Future[dict[str, Any]]] = {}
+        self._num_asked = 0
 
     async def serve(self) -> None:
         loop = asyncio.get_running_loop()
@@ -80,6 +86,11 @@ class Worker:
         with contextlib.suppress(ConnectionError):
             while data := await loop.sock_recv(self._sock, READ_BYTES):
                 for frame in decoder.feed(data):
+                    if "answer" in frame.header:
+                        asked = self._asked.get(frame.header["answer"])
+                        if asked is not None and not asked.done():
+                            asked.set_result(frame.header)
+                        continue
                     task = asyncio.create_task(self._answer(frame))
                     self._tasks.add(task)
                     task.add_done_callback(self._tasks.discard)
@@ -98,7 +109,9 @@ class Worker:
             header = {"error": error.to_wire()}
         except Exception as error:  # a bug or a library's surprise must reach the reader as an error, not as silence
             header = {"error": CacheError(f"{request.get('op')} failed: {type(error).__name__}: {error}").to_wire()}
-        message = wire.encode({"id": request.get("id"), **header}, body)
+        await self._send(wire.encode({"id": request.get("id"), **header}, body))
+
+    async def _send(self, message: bytes) -> None:
         async with self._send_lock:
             with contextlib.suppress(ConnectionError):
                 await asyncio.get_running_loop().sock_sendall(self._sock, message)
@@ -118,6 +131,33 @@ class Worker:
 
     async def _op_fetch(self, request: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
         return await self._fetches.fetch(request), b""
+
+    async def _op_cancel(self, request: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
+        return {"is_over": self._fetches.cancel(int(request["fetch_id"]))}, b""
+
+    async def _op_peers(self, request: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
+        key, tls = bytes.fromhex(request["key"]), request["tls"]
+        self._fetches.peering = Peering(key, client_context(tls))
+        listener = socket.socket(fileno=int(request["listener"]))
+        PeerServer(
+            listener, key, request["node_id"], server_context(tls), asyncio.get_running_loop(), self._ask_control
+        )
+        return {}, b""
+
+    async def _ask_control(self, header: dict[str, Any]) -> dict[str, Any]:
+        """A question of this worker to the control process; its answer. Raises CacheError."""
+        self._num_asked += 1
+        number = self._num_asked
+        future: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+        self._asked[number] = future
+        try:
+            await self._send(wire.encode({"ask": number, **header}))
+            answer = await future
+        finally:
+            self._asked.pop(number, None)
+        if "error" in answer:
+            raise from_wire(answer["error"])
+        return answer
 
     async def _op_hedge(self, request: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
         return {"is_started": self._fetches.hedge(int(request["fetch_id"]))}, b""

@@ -40,13 +40,15 @@ class ExtentTableRead:
 
 @dataclass(frozen=True)
 class BlocksWanted:
-    """A reader waits for the blocks [first, end) of one extent."""
+    """A reader waits for the blocks [first, end) of one extent. `for_peer`: the reader is another node's daemon, which asks their owner:
+    they come from the origin, never from a further peer."""
 
     request_id: int
     client_id: str
     content_id: str
     first: int
     end: int
+    for_peer: bool = False
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,11 @@ class BlocksLanded:
     write_s: float = 0.0
     """How long the local disk took to take it."""
     seconds: float = 0.0
-    """What the fetch took, 0 if that says nothing about the origin."""
+    """What the fetch took, 0 if that says nothing about where it came from."""
+    source: str = ""
+    """As in FetchBlocks."""
+    lender: str = ""
+    """The peer that the bytes came from; empty: the origin."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +160,8 @@ class BlocksFailed:
     end: int
     error: CacheError
     landed: int = 0
+    source: str = ""
+    """As in FetchBlocks."""
 
 
 @dataclass(frozen=True)
@@ -318,6 +326,8 @@ class FetchBlocks:
     first: int
     end: int
     is_demand: bool
+    source: str = ""
+    """The peer that is to be asked first; empty: the origin."""
 
 
 @dataclass(frozen=True)

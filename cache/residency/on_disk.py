@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from cache.blocks import run_span
-from cache.errors import CacheError, DiskError, OriginThrottled
+from cache.errors import CacheError, DiskError, OriginThrottled, PeerError
 from cache.residency import messages as m
 from cache.residency.blockstate import BlockMove, BlockState
 from cache.residency.budget import INDEX_BYTES_PER_EXTENT
 from cache.residency.health import SLOW_S
+from cache.residency.peerhealth import OUT_OF_USE
 from cache.residency.residents import Extent
 from cache.residency.state import State
 from cache.residency.waiting import BlockKey
@@ -80,8 +81,12 @@ def _open(s: State, extent: Extent) -> None:
 
 def blocks_landed(s: State, event: m.BlocksLanded) -> None:
     extent = s.finished(event.extent, event.generation)
-    s.counters.fetched_bytes += event.num_bytes
-    s.origins.ended(extent.owner.object_id.url, s.now, event.num_bytes, event.seconds, throttled=False)
+    if event.lender:
+        s.counters.borrowed_bytes += event.num_bytes
+    else:
+        s.counters.fetched_bytes += event.num_bytes
+    s.origins.ended(extent.owner.object_id.url, event.source, s.now, event.num_bytes, event.seconds)
+    s.over(extent, range(event.first, event.end))
     _landed(s, extent, event.first, event.end)
     _worked(s, event.write_s, "writing blocks")
     _doubt_if_unreadable(s, extent)
@@ -98,7 +103,8 @@ def _landed(s: State, extent: Extent, first: int, end: int) -> None:
 def blocks_failed(s: State, event: m.BlocksFailed) -> None:
     extent = s.finished(event.extent, event.generation)
     is_throttled = isinstance(event.error, OriginThrottled)
-    s.origins.ended(extent.owner.object_id.url, s.now, 0, 0.0, throttled=is_throttled)
+    s.origins.ended(extent.owner.object_id.url, event.source, s.now, throttled=is_throttled)
+    s.over(extent, range(event.first, event.end))
     first = max(event.first, event.landed)
     if first > event.first:
         start, end = run_span(extent.owner.object_id.size_bytes, event.first, first)
@@ -110,6 +116,9 @@ def blocks_failed(s: State, event: m.BlocksFailed) -> None:
     if _is_lost(event.error):
         _lost(s, extent, keys)
         return
+    if isinstance(event.error, PeerError):
+        _not_lent(s, keys, event.error)
+        return
     _failed(s, event.error)
     if not s.patience.failed(keys, event.error, s.now):
         s.counters.failed_blocks += len(keys)
@@ -120,6 +129,18 @@ def blocks_failed(s: State, event: m.BlocksFailed) -> None:
     for key in keys:
         queue = s.demand if s.waiting.is_wanted(key) else s.hints
         queue[key] = None
+
+
+def _not_lent(s: State, keys: list[BlockKey], error: PeerError) -> None:
+    """At once, and from somebody else: where the peer is at fault the members have changed and there is another owner; where it only would
+    not or could not, the origin."""
+    s.counters.peer_bypasses += 1
+    for key in keys:
+        if error.reason not in OUT_OF_USE:
+            s.from_origin.add(key)
+        queue = s.demand if s.waiting.is_wanted(key) else s.hints
+        queue[key] = None
+        queue.move_to_end(key, last=False)
 
 
 def blocks_checked(s: State, event: m.BlocksChecked) -> None:

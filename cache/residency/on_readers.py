@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cache.blocks import BLOCKS_PER_FETCH
-from cache.errors import CacheError
+from cache.errors import CacheError, PeerError
 from cache.residency import messages as m
 from cache.residency.blockstate import BlockState
 from cache.residency.budget import release
@@ -30,6 +30,12 @@ def blocks_wanted(s: State, event: m.BlocksWanted) -> None:
         s.actions.append(m.Answer(event.request_id, cause="error", error=error))
         return
     extent = s.residents.of_block(event.content_id, event.first)
+    keys = [(event.content_id, block) for block in range(event.first, event.end)]
+    if event.for_peer and not s.borrowing.isdisjoint(keys):
+        # Two nodes that each take the other for the owner would wait for each other.
+        error = PeerError("this node asks another one for these blocks itself", reason="not-owner")
+        s.actions.append(m.Answer(event.request_id, cause="error", error=error))
+        return
     want = Want(event, set(), "hit")
     for block in range(event.first, event.end):
         state = extent.state(block) if extent is not None else BlockState.ABSENT
@@ -37,6 +43,8 @@ def blocks_wanted(s: State, event: m.BlocksWanted) -> None:
             continue
         key = (event.content_id, block)
         want.missing.add(block)
+        if event.for_peer:
+            s.from_origin.add(key)
         want.cause = max(want.cause, _cause(s, key, state, extent), key=_CAUSES.index)
         if not state.is_busy:
             s.demand[key] = None

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from cache.blocks import ExtentId
 from cache.residency.concurrency import Concurrency
 from cache.residency.hedging import Hedging
+from cache.residency.placement import Placement
 
 
 def origin_of(url: str) -> str:
@@ -37,21 +39,31 @@ class Origins:
     def __init__(self, cap: int) -> None:
         self._cap = cap
         self._states: dict[str, OriginState] = {}
+        self.placement: Placement | None = None
+        """Who fetches what in a cluster; None: this node is alone."""
 
-    def of(self, url: str) -> OriginState:
-        name = origin_of(url)
+    def source_of(self, extent: ExtentId) -> str:
+        """The peer that an extent is to be taken from; empty: its origin."""
+        return (self.placement.lender(extent) if self.placement is not None else None) or ""
+
+    def of(self, url: str, source: str = "") -> OriginState:
+        """`source`: the peer that stands in for the origin. Peers are asked beside the origin, with a number of their own: what waits for
+        another node must not hold up what other nodes wait for."""
+        name = f"peer:{source}" if source else origin_of(url)
         state = self._states.get(name)
         if state is None:
             state = self._states[name] = OriginState(Concurrency(self._cap))
         return state
 
-    def started(self, url: str, now: float) -> None:
-        state = self.of(url)
+    def started(self, url: str, source: str, now: float) -> None:
+        state = self.of(url, source)
         state.in_flight += 1
         state.concurrency.started(state.in_flight, now)
 
-    def ended(self, url: str, now: float, num_bytes: int, seconds: float, *, throttled: bool) -> None:
-        state = self.of(url)
+    def ended(
+        self, url: str, source: str, now: float, num_bytes: int = 0, seconds: float = 0.0, *, throttled: bool = False
+    ) -> None:
+        state = self.of(url, source)
         state.in_flight -= 1
         assert state.in_flight >= 0, url
         state.concurrency.ended(now, num_bytes, seconds, throttled=throttled)

@@ -7,9 +7,9 @@ first; that part is not proof against scans yet.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from cache.blocks import ExtentId
 
@@ -19,13 +19,15 @@ UNKNOWN_USE = math.inf
 @dataclass(frozen=True)
 class Candidate:
     """An extent that may be evicted now. `next_use`: how many visits away its next known use is (UNKNOWN_USE: none known).
-    `last_use_s`: when a reader last asked for it. `is_held`: a live reader has it open, so its bytes come free only when it lets go."""
+    `last_use_s`: when a reader last asked for it. `is_held`: a live reader has it open, so its bytes come free only when it lets go.
+    `is_borrowed`: another node owns it and can lend it again; what this node owns would have to come from the origin."""
 
     extent: ExtentId
     size_bytes: int
     next_use: float
     last_use_s: float
     is_held: bool
+    is_borrowed: bool = False
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,8 @@ class EvictionPolicy(Protocol):
 
 
 class FarthestNextUse:
-    """Evicts what is needed last; of those whose future is unknown, what was used longest ago. Prefers what nobody holds open.
+    """Evicts what is needed last; of those whose future is unknown, what was used longest ago. What another node can lend again goes first;
+    then prefers what nobody holds open.
 
     >>> old = Candidate(ExtentId("a", 0), 10, next_use=5, last_use_s=0, is_held=False)
     >>> far = Candidate(ExtentId("b", 0), 10, next_use=90, last_use_s=0, is_held=False)
@@ -60,7 +63,7 @@ class FarthestNextUse:
     def choose(
         self, need_bytes: int, candidates: Iterable[Candidate], own_next_use: float, need_files: int = 0
     ) -> Decision:
-        ranked = sorted(candidates, key=lambda c: (-c.next_use, c.is_held, c.last_use_s, c.extent))
+        ranked = sorted(candidates, key=_order(own_next_use))
         victims: list[ExtentId] = []
         freed = 0
         for candidate in ranked:
@@ -75,3 +78,13 @@ class FarthestNextUse:
             (),
             f"what could go is needed sooner: {freed} of {need_bytes} bytes could be freed for a use {own_next_use:g} visits away",
         )
+
+
+def _order(own_next_use: float) -> Callable[[Candidate], tuple[Any, ...]]:
+    """Borrowed ones first, as far as they may go at all."""
+
+    def rank(c: Candidate) -> tuple[Any, ...]:
+        may_go = c.next_use > own_next_use or c.next_use == UNKNOWN_USE
+        return (not may_go, not c.is_borrowed, -c.next_use, c.is_held, c.last_use_s, c.extent)
+
+    return rank

@@ -24,8 +24,9 @@ def pump(s: State) -> None:
     if s.budget.is_exceeded:
         _shrink(s)
     for key in list(s.demand):
-        if s.in_flight >= s.limits.max_in_flight:
-            return
+        if s.in_flight >= s.limits.max_in_flight and key not in s.from_origin:
+            # What others wait for goes on all the same: two nodes full of requests to each other would never end.
+            continue
         if key not in s.demand or s.patience.must_wait(key) or not _has_room(s, key, is_demand=True):
             continue  # Not there any more: a run that began before it brings it.
         if _start_demand(s, key):
@@ -94,9 +95,13 @@ def _start_prefetch(s: State) -> bool:
 
 
 def _has_room(s: State, key: BlockKey, *, is_demand: bool) -> bool:
-    """Whether the object's origin may be given one more request."""
+    """Whether the object's origin, or the peer that stands in for it, may be given one more request."""
     known = s.residents.objects.get(key[0])
-    return known is None or s.origins.of(known.object_id.url).has_room(is_demand=is_demand)
+    return known is None or s.origins.of(known.object_id.url, _source(s, key)).has_room(is_demand=is_demand)
+
+
+def _source(s: State, key: BlockKey) -> str:
+    return "" if key in s.from_origin else s.origins.source_of(ExtentId(key[0], extent_of(key[1])))
 
 
 def _is_needed(s: State, content_id: str, block: int) -> bool:
@@ -133,11 +138,13 @@ def _start_run(s: State, extent: Extent, block: int, size: int, own_end: int, *,
     if state not in (BlockState.ABSENT, BlockState.UNVERIFIED):
         return
 
+    is_from_origin, source = (content_id, block) in s.from_origin, _source(s, (content_id, block))
+
     def may_come(neighbour: int) -> bool:
         if neighbour not in extent.block_indices or extent.state(neighbour) is not state:
             return False
         key = (content_id, neighbour)
-        if s.patience.must_wait(key):
+        if s.patience.must_wait(key) or (key in s.from_origin) != is_from_origin:
             return False
         if is_demand or key in s.demand:
             return key in s.demand
@@ -153,13 +160,15 @@ def _start_run(s: State, extent: Extent, block: int, size: int, own_end: int, *,
         return
     for neighbour in run:
         extent.move(neighbour, BlockMove.FETCH)
+        if source:
+            s.borrowing.add((content_id, neighbour))
     extent.num_busy += 1
     s.in_flight += 1
     s.counters.demand_fetches += is_demand
     s.counters.prefetches += not is_demand
     oid, idx = extent.owner.object_id, extent.key.extent_idx
-    s.origins.started(oid.url, s.now)
-    s.actions.append(m.FetchBlocks(oid, idx, extent.generation, run.start, run.stop, is_demand))
+    s.origins.started(oid.url, source, s.now)
+    s.actions.append(m.FetchBlocks(oid, idx, extent.generation, run.start, run.stop, is_demand, source))
 
 
 def _await_file(s: State, extent: Extent, block: int) -> None:
@@ -289,7 +298,14 @@ def _shrink(s: State) -> None:
 
 def _candidates(s: State) -> list[Candidate]:
     return [
-        Candidate(e.key, e.size_bytes, s.next_use_of(e.key), e.last_use_s, bool(e.holders))
+        Candidate(
+            e.key,
+            e.size_bytes,
+            s.next_use_of(e.key),
+            e.last_use_s,
+            bool(e.holders),
+            is_borrowed=bool(s.origins.source_of(e.key)),
+        )
         for e in s.residents.extents.values()
         if e.is_evictable
     ]

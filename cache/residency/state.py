@@ -43,6 +43,9 @@ class Totals:
 
     fetched_blocks: int = 0
     fetched_bytes: int = 0
+    borrowed_bytes: int = 0
+    lent_bytes: int = 0
+    peer_bypasses: int = 0
     demand_fetches: int = 0
     """Requests to the origin that a reader waited for."""
     prefetches: int = 0
@@ -80,6 +83,10 @@ class State:
         self.residents = Residents(Slots(num_words))
         self.in_flight = 0
         self.origins = Origins(limits.max_in_flight)
+        self.from_origin: set[BlockKey] = set()
+        """Blocks that come from it whoever owns them: another node waits for them here, or their owner could not lend them."""
+        self.borrowing: set[BlockKey] = set()
+        """Blocks that another node is being asked for just now."""
         self.waiting = Waiting()
         self.demand: OrderedDict[BlockKey, None] = OrderedDict()
         self.room_deadline_s: dict[BlockKey, float] = {}
@@ -98,6 +105,11 @@ class State:
         self.num_evictions = 0
         self.now = 0.0
         self.actions: list[m.Action] = []
+
+    def over(self, extent: Extent, blocks: range) -> None:
+        """A fetch of these blocks is over, however it went."""
+        for block in blocks:
+            self.borrowing.discard((extent.key.content_id, block))
 
     def publish(self, word_idx: int, value: int) -> None:
         self.actions.append(m.PublishWord(word_idx, value))
@@ -127,6 +139,7 @@ class State:
         self.publish(extent.owner.word_of_block(block), extent.generation)
         key = (extent.key.content_id, block)
         self.demand.pop(key, None)
+        self.from_origin.discard(key)
         for want, answer in self.waiting.arrived(key, extent.generation):
             self.ended(want)
             self.answer(want, extent, answer)
@@ -142,6 +155,7 @@ class State:
         self.patience.forget(key)
         self.hints.pop(key, None)
         self.demand.pop(key, None)
+        self.from_origin.discard(key)
         self.room_deadline_s.pop(key, None)
         for want, answer in self.waiting.failed(key, error):
             self.ended(want)
@@ -167,6 +181,7 @@ class State:
             key = (want.event.content_id, block)
             if not self.waiting.is_wanted(key):
                 self.demand.pop(key, None)
+                self.from_origin.discard(key)
                 self.room_deadline_s.pop(key, None)
 
     def check_ended(self, check: Check) -> None:

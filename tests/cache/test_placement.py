@@ -1,0 +1,72 @@
+"""Who fetches what in a cluster: evenly, by weight, and with little moving when members come and go."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cache.blocks import ExtentId
+from cache.residency.peerhealth import DISTRUST_S, MISSED_HELLOS, PeerHealth
+from cache.residency.placement import Placement
+
+EXTENTS = [ExtentId(f"{obj:032x}", idx) for obj in range(200) for idx in range(30)]
+members = st.sets(st.text("0123456789abcdef", min_size=4, max_size=8), min_size=2, max_size=12)
+
+
+@pytest.mark.parametrize("num_nodes", [2, 8, 16])
+def test_what_nodes_own_is_balanced(num_nodes: int) -> None:
+    """A node that owned far more than its share would hold up all the others."""
+    placement = Placement("n0", {f"n{i}": 1.0 for i in range(num_nodes)})
+    owned = Counter(map(placement.owner, EXTENTS))
+    mean = len(EXTENTS) / num_nodes
+    assert max(owned.values()) <= 1.2 * mean
+    assert min(owned.values()) >= 0.8 * mean
+
+
+def test_a_node_with_twice_the_room_owns_twice_as_much() -> None:
+    placement = Placement("a", {"a": 2.0, "b": 1.0, "c": 1.0})
+    owned = Counter(map(placement.owner, EXTENTS))
+    assert 0.45 <= owned["a"] / len(EXTENTS) <= 0.55
+
+
+@settings(max_examples=20, deadline=None)
+@given(names=members, data=st.data())
+def test_when_a_node_goes_only_what_it_owned_moves(names: set[str], data: st.DataObject) -> None:
+    """Anything else that moved would be fetched from the origin a second time."""
+    gone = data.draw(st.sampled_from(sorted(names)))
+    before = Placement("x", dict.fromkeys(names, 1.0))
+    after = Placement("x", dict.fromkeys(names - {gone}, 1.0))
+    for extent in EXTENTS[:300]:
+        if before.owner(extent) != gone:
+            assert after.owner(extent) == before.owner(extent)
+
+
+def test_all_nodes_agree_whatever_the_order_in_which_they_met() -> None:
+    one = Placement("a", {"a": 1.0, "b": 3.0, "c": 2.0})
+    other = Placement("c", {"c": 2.0, "b": 3.0, "a": 1.0})
+    assert [one.owner(e) for e in EXTENTS] == [other.owner(e) for e in EXTENTS]
+    assert all((one.lender(e) is None) == (one.owner(e) == "a") for e in EXTENTS)
+
+
+def test_a_peer_that_failed_is_out_until_it_answers_and_one_that_lied_for_longer() -> None:
+    health = PeerHealth()
+    health.greeted("a", 1.0)
+    health.greeted("b", 2.0)
+    health.failed("a", "dead", now=100.0)
+    assert health.members(100.0) == {"b": 2.0}
+    health.greeted("a", 1.0)
+    assert set(health.members(100.0)) == {"a", "b"}
+    health.failed("b", "wrong-bytes", now=100.0)
+    health.greeted("b", 2.0)
+    assert set(health.members(100.0 + DISTRUST_S - 1)) == {"a"}
+    assert set(health.members(100.0 + DISTRUST_S)) == {"a", "b"}
+    health.failed("b", "wrong-bytes", now=200.0)
+    assert set(health.members(200.0 + DISTRUST_S)) == {"a"}, "the second time counts double"
+    health.failed("a", "slow", now=300.0)
+    assert "a" in health.members(300.0), "slow is not out of use"
+    for _ in range(MISSED_HELLOS):
+        health.missed("a")
+    assert "a" not in health.members(300.0)
