@@ -45,6 +45,7 @@ from launcher.gang.events import (
     StopAttempt,
     StopRequested,
     Tick,
+    TransportSeen,
 )
 from launcher.gang.history import Rules
 from launcher.gang.masking import masked_args
@@ -180,6 +181,9 @@ class Controller:
             self._journal.record(event)
             if isinstance(event, FabricSurveyed):
                 self._checkup.surveyed(event)
+                continue
+            if isinstance(event, TransportSeen):
+                self._checkup.transport(event)
                 continue
             if isinstance(event, ClusterLost):
                 raise NodeError(event.reason, advice="all ranks are stopped; start the cluster again, then the job")

@@ -64,6 +64,21 @@ def read_log(lines: Iterable[str]) -> TransportEvidence:
     return TransportEvidence(version, network, tuple(devices), dict(channels), tuple(dict.fromkeys(without_gdr)))
 
 
+def merged(evidence: Iterable[TransportEvidence]) -> TransportEvidence:
+    """What the logs of several ranks say together."""
+    seen = [one for one in evidence if one.channels or one.network]
+    channels: Counter[str] = Counter()
+    for one in seen:
+        channels.update(one.channels)
+    return TransportEvidence(
+        next((one.version for one in seen if one.version), None),
+        next((one.network for one in seen if one.network), None),
+        tuple(dict.fromkeys(device for one in seen for device in one.devices)),
+        dict(channels),
+        tuple(dict.fromkeys(hca for one in seen for hca in one.without_gdr)),
+    )
+
+
 def _way(text: str) -> str:
     """ "NET/IB/0/GDRDMA/Shared" → "NET/IB/GDRDMA"; "P2P/CUMEM/read" → "P2P"."""
     parts = text.split("/")
@@ -74,6 +89,22 @@ def _way(text: str) -> str:
     suffix = "/GDRDMA" if "GDRDMA" in parts[number:] or "GDRDMA" in parts[2:] else ""
     name = "/".join(part for part in parts[1:number] if part not in ("GDRDMA", "Shared"))
     return f"NET/{name}{suffix}"
+
+
+def carried_by(evidence: TransportEvidence, *, with_counts: bool = True) -> str:
+    """What carries the traffic, in a few words.
+
+    >>> carried_by(TransportEvidence("2.27.5", "IB", ("mlx5_0",), {"NET/IB/GDRDMA": 2, "P2P": 1}))
+    'NET/IB/GDRDMA (2 channels), P2P (1 channels); NCCL 2.27.5, devices mlx5_0'
+    >>> carried_by(TransportEvidence(channels={"NET/IB/GDRDMA": 2, "P2P": 1}), with_counts=False)
+    'NET/IB/GDRDMA'
+    """
+    if not with_counts:
+        return ", ".join(sorted(evidence.network_channels)) or "nothing"
+    ways = ", ".join(f"{way} ({count} channels)" for way, count in sorted(evidence.channels.items())) or "nothing"
+    version = f"NCCL {evidence.version}" if evidence.version else "NCCL of unknown version"
+    devices = f", devices {', '.join(evidence.devices)}" if evidence.devices else ""
+    return f"{ways}; {version}{devices}"
 
 
 def transport_findings(

@@ -39,6 +39,8 @@ class GangRequest:
     """The network has no path between rails (each NIC reaches only the NIC of its own number); None: not known."""
     flight_recorder_prefix: str | None = None
     """Path prefix for the collectives' trace that torch writes on a time-out; None: torch's own place."""
+    nccl_log: str | None = None
+    """Path of the ranks' NCCL logs in NCCL's pattern (%h host, %p process); None: nobody would read them."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ class _Case:
     hcas: HcaChoice
     interface: Interface
     provider: cloud.Provider | None
+    user_env: Mapping[str, str]
 
 
 def environment(nodes: Sequence[NodeFacts], request: GangRequest, user_env: UserEnv) -> tuple[NodeEnvironment, ...]:
@@ -87,7 +90,8 @@ def _of_node(
     node_rank: int, facts: NodeFacts, request: GangRequest, num_nodes: int, user_env: Mapping[str, str]
 ) -> NodeEnvironment:
     num_ranks = request.local_world_size if request.local_world_size is not None else max(1, len(facts.gpus))
-    case = _Case(facts, request, num_nodes, num_ranks, choose(facts), choose_interface(facts), cloud.recognise(facts))
+    hcas, interface, provider = choose(facts), choose_interface(facts), cloud.recognise(facts)
+    case = _Case(facts, request, num_nodes, num_ranks, hcas, interface, provider, user_env)
     decided: dict[str, Decision] = {}
     for rule in _RULES:
         for decision in rule(case):
@@ -252,6 +256,29 @@ def _watchdog(case: _Case) -> list[Decision]:
     return decisions
 
 
+def _nccl_log(case: _Case) -> list[Decision]:
+    """NCCL never says unasked whether it found RDMA: its log is the only proof, so it is written where the launcher reads it."""
+    path = case.request.nccl_log
+    if not case.facts.gpus or case.num_nodes == 1 or path is None:
+        return []
+    names = ("NCCL_DEBUG", "NCCL_DEBUG_FILE")
+    theirs = [name for name in (*names, "NCCL_DEBUG_SUBSYS") if name in case.user_env]
+    if theirs:
+        why = f"you have set {' and '.join(theirs)}: NCCL's log is yours"
+        return [Decision(name, None, why, GUIDE) for name in names]
+    return [
+        Decision(
+            "NCCL_DEBUG", "INFO", "the log says which transport carries each channel; read once by the launcher", GUIDE
+        ),
+        Decision(
+            "NCCL_DEBUG_FILE",
+            path,
+            "the log goes to the run directory, one file per process, not among the output",
+            GUIDE,
+        ),
+    ]
+
+
 def _threads(case: _Case) -> list[Decision]:
     name = "OMP_NUM_THREADS"
     if case.num_ranks <= 1:
@@ -268,5 +295,6 @@ _RULES: tuple[Callable[[_Case], list[Decision]], ...] = (
     _gid,
     _left_to_nccl,
     _watchdog,
+    _nccl_log,
     _threads,
 )

@@ -263,6 +263,24 @@ class FabricSurveyed:
 
 
 @dataclass(frozen=True)
+class TransportSeen:
+    """What the NCCL logs of a node's ranks prove about the network that carries this attempt. Again when more is seen."""
+
+    attempt: int
+    node_id: str
+    hostname: str
+    expected: str
+    """What the node's hardware promises: infiniband, roce, efa, socket."""
+    version: str | None
+    network: str | None
+    channels: tuple[tuple[str, int], ...]
+    """Channels of all ranks by how they are connected: ("NET/IB/GDRDMA", 32), ("P2P", 64)."""
+    devices: tuple[str, ...] = ()
+    without_gdr: tuple[str, ...] = ()
+    """RDMA devices for which GPUDirect is off."""
+
+
+@dataclass(frozen=True)
 class FabricFound:
     """Something is wrong with the machines or the network between them; the page in the run directory says more."""
 
@@ -292,7 +310,7 @@ class ClusterLost:
     reason: str
 
 
-Event = Fact | Notices | FabricSurveyed | NodeProgress | ClusterLost
+Event = Fact | Notices | FabricSurveyed | TransportSeen | NodeProgress | ClusterLost
 
 
 @dataclass(frozen=True)

@@ -222,6 +222,7 @@ class NodeAgent:
             progress = self._attempt.progress()
             if progress is not None:
                 self._on_event(progress)
+            self._attempt.look_at_nccl()
 
     def _sweep(self) -> None:
         now = time.monotonic()
@@ -298,6 +299,8 @@ class NodeAgent:
         self._next_disk_check_s = 0.0
         self._check_disk()  # for an attempt that was shorter than the interval
         self._look_after_forks()
+        if self._attempt is not None:
+            self._attempt.look_at_nccl(is_last=True)
         self._attempt = None
         self._ended.add(attempt)
         self._on_event(AttemptEnded(attempt, self._node.node_id))

@@ -31,6 +31,7 @@ from launcher.node.failure import last_lines, read_exception
 from launcher.node.follow import LogFollower, Source
 from launcher.node.forking import ForkServer, ForkServers
 from launcher.node.guarded import Exited, Gone, GuardedProcess, NeverBorn, Report, Started, StartFailed
+from launcher.node.nccl_logs import NcclLogs, NcclPaths
 from launcher.node.pages import RankPage
 from launcher.node.rank_process import RankFiles, RankStarter
 from launcher.node.survey import Survey
@@ -80,6 +81,7 @@ class NodeAttempt:
         self._num_to_start = 0
         self._pids: dict[int, int] = {}
         self._start_failures: dict[int, StartFailed] = {}
+        self._nccl_logs: NcclLogs | None = None
         self._is_stopping = False
         self._is_over = False
 
@@ -104,7 +106,8 @@ class NodeAttempt:
         if self._is_stopping:
             return
         members = plan.world.members_of(self._node.node_id)
-        advice = survey.advice(len(plan.world.nodes), len(members), os.path.join(self._directory, "nccl_trace_rank_"))
+        paths = NcclPaths(self._directory, self._node.node_id)
+        advice = survey.advice(len(plan.world.nodes), len(members), paths)
         self._num_to_start = len(members)
         try:
             for member in members:
@@ -118,6 +121,20 @@ class NodeAttempt:
                 self._follow(member, files)
         except (NodeError, OSError) as error:
             self._fail(f"rank {member.rank} could not be started: {error}")
+        if advice.transport:
+            self._nccl_logs = NcclLogs(
+                self.number,
+                self._node.hostname,
+                advice.transport,
+                paths,
+                [files.stdout_log for files in self._files.values()],
+                self._on_event,
+            )
+
+    def look_at_nccl(self, is_last: bool = False) -> None:
+        """What carries the traffic between nodes, where NCCL's logs can prove it."""
+        if self._nccl_logs is not None:
+            self._nccl_logs.look(time.monotonic(), is_last)
 
     def progress(self) -> NodeProgress | None:
         """How far the ranks are that are alive here; None while nothing runs."""

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from launcher.gang.events import FabricSurveyed, Notice
 from launcher.gang.rank_env import NO_ADVICE, Kept, NodeAdvice, Setting
 from launcher.gang.world import NodeInfo
+from launcher.node.nccl_logs import NcclPaths
 from launcher.spec import JobSpec
 
 if TYPE_CHECKING:
@@ -44,6 +45,8 @@ class Advice:
     environment: NodeAdvice
     bindings: tuple[Mapping[str, object] | None, ...] = ()
     """By local rank, as `GuardedProcess` takes it; None: not bound."""
+    transport: str = ""
+    """What should carry the traffic between nodes, where NCCL will and there is a log to prove it; empty: nothing to prove."""
 
     def binding_of(self, local_rank: int) -> Mapping[str, object] | None:
         return self.bindings[local_rank] if local_rank < len(self.bindings) else None
@@ -90,12 +93,12 @@ class Survey:
                 return
         call()
 
-    def advice(self, num_nodes: int, num_ranks: int, trace_prefix: str) -> Advice:
+    def advice(self, num_nodes: int, num_ranks: int, paths: NcclPaths) -> Advice:
         """For the ranks of an attempt on `num_nodes` nodes, `num_ranks` of them here. Nothing while there are no facts."""
         if self._facts is None:
             return Advice(NO_ADVICE)
         try:
-            return advise(self._facts, self._spec, self._base_env, num_nodes, num_ranks, trace_prefix)
+            return advise(self._facts, self._spec, self._base_env, num_nodes, num_ranks, paths)
         except (
             Exception
         ):  # a rule that stumbles over strange facts must not cost the job; the launcher's page will show it
@@ -141,7 +144,7 @@ class Survey:
 
 
 def advise(
-    facts: NodeFacts, spec: JobSpec, base_env: Mapping[str, str], num_nodes: int, num_ranks: int, trace_prefix: str
+    facts: NodeFacts, spec: JobSpec, base_env: Mapping[str, str], num_nodes: int, num_ranks: int, paths: NcclPaths
 ) -> Advice:
     """The rules' decisions about this node in the words of a rank's environment. Pure."""
     from launcher.fabric.rules import GangRequest, environment
@@ -150,7 +153,8 @@ def advise(
         local_world_size=num_ranks,
         num_nodes=num_nodes,
         bind=_bind(spec.bind),
-        flight_recorder_prefix=trace_prefix if facts.gpus else None,
+        flight_recorder_prefix=paths.trace_prefix if facts.gpus else None,
+        nccl_log=paths.log_pattern,
     )
     (node,) = environment([facts], request, base_env)
     settings = tuple(
@@ -164,7 +168,8 @@ def advise(
         if item.is_overruled and item.user_value is not None
     )
     bindings = tuple(_for_guardian(binding) for binding in node.bindings)
-    return Advice(NodeAdvice(settings, kept, tuple(str(binding) for binding in node.bindings)), bindings)
+    environment_advice = NodeAdvice(settings, kept, tuple(str(binding) for binding in node.bindings))
+    return Advice(environment_advice, bindings, node.hcas.transport if facts.gpus and num_nodes > 1 else "")
 
 
 def _for_guardian(binding: Binding) -> Mapping[str, object] | None:

@@ -21,6 +21,7 @@ from launcher.gang.events import FabricSurveyed, Notice, RankExited
 from launcher.gang.rank_env import differing
 from launcher.gang.world import NodeInfo
 from launcher.node import survey
+from launcher.node.nccl_logs import NcclPaths
 from launcher.node.survey import Survey, advise, is_needed
 from launcher.spec import JobSpec, Program, ProgramKind
 from tests.contracts.cluster_contract import House
@@ -208,7 +209,7 @@ def test_what_the_user_has_set_goes_to_the_launcher_without_the_rest() -> None:
 )
 def test_bind_says_what_it_does_and_why(bind: str, facts: NodeFacts, said: str) -> None:
     """The last one: CPUs that a container does not have (its cgroup's cpuset) are never bound to; all ranks then stay unbound."""
-    advice = advise(facts, replace(SPEC, bind=bind), {}, 1, 2, "")
+    advice = advise(facts, replace(SPEC, bind=bind), {}, 1, 2, NcclPaths("", "n0"))
     assert said in advice.environment.bindings[1]
     assert (advice.binding_of(1) is None) == advice.environment.bindings[1].startswith("not bound")
     assert advice.binding_of(7) is None
@@ -217,7 +218,7 @@ def test_bind_says_what_it_does_and_why(bind: str, facts: NodeFacts, said: str) 
 @pytest.mark.parametrize("machine", ["dgx-a100", "oci-bm-gpu-h100-8", "aws-p5-48xlarge", "h20-roce-bond4"])
 def test_what_the_hardware_asks_for_does_not_keep_ranks_from_being_forked(machine: str, tmp_path: Path) -> None:
     """Libraries read these when a process group is made, not when torch is imported; else each restart on GPUs would import it again."""
-    advice = advise(healthy_facts(machine, tmp_path), SPEC, {}, 2, 8, "/run/attempt_1/nccl_trace_rank_")
+    advice = advise(healthy_facts(machine, tmp_path), SPEC, {}, 2, 8, NcclPaths("/run/attempt_1", "n0"))
     names = {setting.name for setting in advice.environment.settings} - {"OMP_NUM_THREADS"}
     assert len(names) > 3
     assert differing(dict.fromkeys(names, "ours"), {}) == ()

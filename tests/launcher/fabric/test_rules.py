@@ -227,3 +227,15 @@ def test_cpu_lists_are_read_back() -> None:
         assert parse_cpu_list(cpu_list(cpus)) == cpus
     for text in ("a", "3-1", "1-", "-", "0-99999999"):
         assert parse_cpu_list(text) is None
+
+
+def test_nccl_logs_where_the_launcher_reads_it_and_never_over_a_users_wish(recorded: Recorded) -> None:
+    """A log is the only proof of RDMA. Who debugs NCCL himself gets exactly what he asked for."""
+    facts = recorded("dgx-a100")
+    request = replace(SEVERAL, nccl_log="/run/nccl.n0.%p.log")
+    node = _one(facts, request)
+    assert (_value(node, "NCCL_DEBUG"), _value(node, "NCCL_DEBUG_FILE")) == ("INFO", "/run/nccl.n0.%p.log")
+    for theirs in ("NCCL_DEBUG", "NCCL_DEBUG_FILE", "NCCL_DEBUG_SUBSYS"):
+        assert not {name for name in _one(facts, request, **{theirs: "WARN"}).variables() if "DEBUG" in name}
+    for quiet in (_one(facts), _one(facts, replace(request, num_nodes=1)), _one(recorded("gpuless-microvm"), request)):
+        assert quiet.decision("NCCL_DEBUG") is None
