@@ -130,8 +130,9 @@ def cli() -> None:
 )
 @click.option(
     "--peers",
-    metavar="dns:SERVICE:PORT|HOST:PORT,…",
-    help="Other nodes' daemons, with which this one shares what it fetches: a name that resolves to all, or a list.",
+    metavar="dns:SERVICE:PORT|file:PATH|HOST:PORT,…",
+    help="Other nodes' daemons, with which this one shares what it fetches: a name that resolves to all, a file that lists "
+    "them and may change, or the list itself.",
 )
 @click.option("--peer-listen", metavar="ADDR:PORT", help="Where other daemons reach this one.")
 @click.option(

@@ -24,6 +24,8 @@ MAX_PROCS_PER_NODE = 1024
 """No machine has so many accelerators; a mistyped number must not fill a shared machine with processes."""
 BINDINGS = ("auto", "numa", "none")
 """What `--bind` takes."""
+CACHE_PEERS = ("auto", "off")
+"""What `--cache-peers` takes."""
 DEFAULT_LINE_PREFIX = "[rank${rank}] "
 
 
@@ -188,6 +190,8 @@ class CacheOptions:
     """As `python -m cache serve --capacity` reads it, for example `200GiB`."""
     program: tuple[str, ...] = ()
     """What to run instead of `python -m cache`; for tests and wrappers."""
+    peers: str = "auto"
+    """Whether the nodes' daemons fetch from each other (`--cache-peers`), one of CACHE_PEERS. `auto`: where there may be several."""
 
 
 @dataclass(frozen=True)

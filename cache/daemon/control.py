@@ -104,6 +104,14 @@ class Control:
         self.peers = Peers(config, key, node_id, self.daemon_id, capacity, origins, changed)
         self.hands.peers = self.peers
 
+    @property
+    def peer_address(self) -> str | None:
+        """Where other nodes' daemons reach this one; None: they do not."""
+        if self._listener is None:
+            return None
+        host, port = self._listener.getsockname()[:2]
+        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
     # -- life --
 
     async def start(self) -> None:

@@ -23,9 +23,11 @@ class PeerConfig:
     """Shared by all peers: at least 16 random bytes, in whatever spelling; blanks at its ends do not count. None: on loopback only."""
     tls: tuple[Path, Path, Path] | None = None
     """Certificate, its key, and the CA that all peers' certificates are from; both sides show one. None: bytes travel in the clear."""
+    file: Path | None = None
+    """A list of addresses, HOST:PORT in each line, written anew (by rename) whenever nodes come and go. Missing: nobody yet."""
 
     def __post_init__(self) -> None:
-        if not self.addresses and self.service is None:
+        if not self.addresses and self.service is None and self.file is None:
             raise CacheConfigError("--peer-listen without --peers", advice="say who the others are with --peers")
         if self.key_file is None and not self.is_loopback:
             raise CacheConfigError(
@@ -80,22 +82,26 @@ def peer_config(
     cert, tls_key, ca = tls
     if any(tls) and not (cert and tls_key and ca):
         raise CacheConfigError("TLS between peers needs --peer-tls-cert, --peer-tls-key and --peer-tls-ca together")
-    service, addresses = None, []
+    service, file, addresses = None, None, []
     for part in filter(None, (part.strip() for part in (peers or "").split(","))):
         if part.startswith("dns:"):
-            service = _address(part.removeprefix("dns:"), "--peers dns:SERVICE:PORT")
+            service = parse_peer_address(part.removeprefix("dns:"), "--peers dns:SERVICE:PORT")
+        elif part.startswith("file:"):
+            file = Path(part.removeprefix("file:"))
         else:
-            addresses.append(_address(part, "--peers HOST:PORT"))
+            addresses.append(parse_peer_address(part, "--peers HOST:PORT"))
     return PeerConfig(
-        listen=_address(listen, "--peer-listen ADDR:PORT"),
+        listen=parse_peer_address(listen, "--peer-listen ADDR:PORT"),
         addresses=tuple(addresses),
         service=service,
+        file=file,
         key_file=key_file,
         tls=(cert, tls_key, ca) if cert and tls_key and ca else None,
     )
 
 
-def _address(text: str, form: str) -> tuple[str, int]:
+def parse_peer_address(text: str, form: str) -> tuple[str, int]:
+    """`form`: what should have been written. Raises CacheConfigError."""
     host, _, port = text.rpartition(":")
     host = host.strip("[]")
     if not host or not (port.isascii() and port.isdigit()) or not 0 <= int(port) <= 65535:

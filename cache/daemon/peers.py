@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from cache.daemon.discovery import Address, Discovery
 from cache.daemon.peerauth import Ask, authorization, is_proven
 from cache.daemon.peerconfig import PeerConfig
 from cache.daemon.peertls import client_context
@@ -32,10 +33,7 @@ log = logging.getLogger("railhead.cache")
 
 HELLO_EVERY_S = 1.0
 HELLO_TIMEOUT_S = 2.0
-RESOLVE_EVERY_S = 5.0
 MAX_HELLO_BYTES = 16 * 1024
-
-Address = tuple[str, int]
 
 
 def node_id_of(directory: Path) -> str:
@@ -85,10 +83,9 @@ class Peers:
         self._capacity_bytes, self._origins, self._on_change = capacity_bytes, origins, on_change
         self._tls: ssl.SSLContext | None = client_context([str(p) for p in config.tls] if config.tls else None)
         self._health = PeerHealth()
-        self._addresses: tuple[Address, ...] = config.addresses
+        self._discovery = Discovery(config, self._say)
         self._names: dict[Address, str] = {}
         self._own_addresses: set[Address] = set()
-        self._resolved_s = float("-inf")
         self._said: dict[Address, str] = {}
         origins.placement = Placement(node_id, {node_id: float(capacity_bytes)})
 
@@ -96,12 +93,15 @@ class Peers:
         while True:
             began_s = time.monotonic()
             await self.round()
-            await asyncio.sleep(max(0.0, began_s + HELLO_EVERY_S - time.monotonic()))
+            await self._discovery.changed(began_s + HELLO_EVERY_S - time.monotonic())
 
     async def round(self) -> None:
-        """Everybody is greeted once."""
-        await self._resolve()
-        others = [address for address in self._addresses if address not in self._own_addresses]
+        """Everybody is greeted once; who is listed no longer is forgotten."""
+        addresses = await self._discovery.addresses()
+        self._own_addresses &= set(addresses)  # An address may come to belong to another.
+        for address in [address for address in self._names if address not in addresses]:
+            self._health.forget(self._names.pop(address))
+        others = [address for address in addresses if address not in self._own_addresses]
         await asyncio.gather(*(self._greet(address) for address in others))
         self._settle()
 
@@ -135,20 +135,6 @@ class Peers:
         log.info("%d of %d known daemons share the data now", len(weights), len(set(self._names.values())) + 1)
         self._origins.placement = Placement(self.node_id, weights)
         self._on_change()
-
-    async def _resolve(self) -> None:
-        service = self._config.service
-        if service is None or time.monotonic() - self._resolved_s < RESOLVE_EVERY_S:
-            return
-        self._resolved_s = time.monotonic()
-        try:
-            found = await asyncio.get_running_loop().getaddrinfo(*service, type=socket.SOCK_STREAM)
-        except OSError as error:
-            self._say((service[0], service[1]), f"the peers' service {service[0]} cannot be resolved: {error.strerror}")
-            return
-        addresses = {(str(info[4][0]), int(info[4][1])) for info in found}
-        self._addresses = tuple(sorted({*self._config.addresses, *addresses}))
-        self._own_addresses &= set(self._addresses)  # An address may come to belong to another.
 
     async def _greet(self, address: Address) -> None:
         try:

@@ -150,7 +150,8 @@ def serve(config: DaemonConfig, *, announce: bool) -> int:
         if not announce and Path(directory.socket) != config.socket:
             log.warning("--socket %s is not served", config.socket)
         if announce:
-            _announce(directory.socket, directory.pid, True, int(status["used_bytes"]), int(status["capacity_bytes"]))
+            sizes = int(status["used_bytes"]), int(status["capacity_bytes"])
+            _announce(directory.socket, directory.pid, True, *sizes, None)
         return 0
     asyncio.run(_serve(config, directory, announce))
     return 0
@@ -184,12 +185,15 @@ async def _serve(config: DaemonConfig, directory: CacheDirectory, announce: bool
             format_bytes(config.capacity_bytes),
         )
         if announce:
-            _announce(str(config.socket), os.getpid(), False, used, config.capacity_bytes)
+            address = daemon.control.peer_address
+            _announce(str(config.socket), os.getpid(), False, used, config.capacity_bytes, address)
 
     await daemon.run(on_serving)
 
 
-def _announce(path: str, pid: int, already_running: bool, resident_bytes: int, capacity_bytes: int) -> None:
+def _announce(
+    path: str, pid: int, already_running: bool, resident_bytes: int, capacity_bytes: int, peer_address: str | None
+) -> None:
     line = {
         "event": "serving",
         "socket": path,
@@ -197,6 +201,7 @@ def _announce(path: str, pid: int, already_running: bool, resident_bytes: int, c
         "already_running": already_running,
         "resident_bytes": resident_bytes,
         "capacity_bytes": capacity_bytes,
+        "peer_address": peer_address,
     }
     with contextlib.suppress(BrokenPipeError):
         sys.stdout.write(json.dumps(line) + "\n")

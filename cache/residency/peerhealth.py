@@ -31,6 +31,10 @@ class PeerHealth:
         member = self._members.setdefault(name, _Member(weight))
         member.weight, member.num_missed = weight, 0
 
+    def forget(self, name: str) -> None:
+        """It has left the cluster."""
+        self._members.pop(name, None)
+
     def missed(self, name: str) -> None:
         """A peer that was known did not answer."""
         if name in self._members:

@@ -238,6 +238,8 @@ class CacheServing:
     already_running: bool
     resident_bytes: int
     capacity_bytes: int
+    peer_address: str = ""
+    """Where the daemons of other nodes reach it, HOST:PORT; empty: they do not."""
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ from launcher.gang.events import (
 from launcher.gang.world import NodeInfo
 from launcher.node import strays
 from launcher.node.cache_child import CacheChild
+from launcher.node.cache_peers import PeerTerms
 from launcher.node.follow import LogFollower
 from launcher.node.forking import ForkServers
 from launcher.node.guarded import Gone, GuardedProcess, NeverBorn, Report
@@ -56,7 +57,7 @@ class NodeAgent:
 
     node: who we are. run_dir: existing directory for logs and records. base_env: environment that ranks start from (usually
     `os.environ` of the agent's process). on_event must not block; on_log may, and while it does the ranks' files are not read on.
-    Both are called from threads of the agent.
+    Both are called from threads of the agent. cache_key: what the job's cache daemons believe each other by; None: they have no peers.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class NodeAgent:
         base_env: Mapping[str, str],
         on_event: Callable[[Event], None],
         on_log: Callable[[Output], None],
+        cache_key: str | None = None,
     ) -> None:
         """Starts the agent's threads and, if the spec asks for it, the cache daemon (CacheServing or CacheFailed will follow)."""
         self._node = node
@@ -83,6 +85,9 @@ class NodeAgent:
         """Where its ranks find it, also while it is being started again."""
         self._cache_again_at_s: float | None = None
         self._num_cache_deaths = 0
+        self._peer_terms = PeerTerms(cache_key, node.addr) if cache_key is not None else None
+        self._peers: tuple[str, ...] = ()
+        """Addresses of the job's cache daemons, as last told."""
         self._sweep_until_s = 0.0
         self._next_disk_check_s = 0.0
         self._has_told_of_disk = False
@@ -133,6 +138,16 @@ class NodeAgent:
         """The signal, grace, SIGKILL. Answered by exactly one AttemptEnded, when nothing of the attempt is alive here; its last output
         may come later, behind a slow terminal."""
         self._post(lambda: self._stop(attempt, grace_s, signum, can_save))
+
+    def share_cache(self, addresses: tuple[str, ...]) -> None:
+        """These are the addresses of the job's cache daemons now, HOST:PORT each, this node's among them."""
+
+        def tell() -> None:
+            self._peers = addresses
+            if self._cache is not None:
+                self._cache.tell_peers(addresses)
+
+        self._post(tell)
 
     def close(self) -> None:
         """Kills what is left of any attempt, drains the cache daemon (2 s), ends the threads. Blocks at most some seconds; idempotent."""
@@ -311,10 +326,23 @@ class NodeAgent:
     def _start_cache(self) -> None:
         assert self._spec.cache is not None
         self._cache_again_at_s = None
-        log_path = os.path.join(self._run_dir, "cache.log")
+        if self._peer_terms is not None and not self._peer_terms.can_listen():
+            addr = self._peer_terms.addr
+            text = (
+                f"this node cannot listen at {addr}: its cache takes nothing from other nodes, and gives them nothing"
+            )
+            self._on_event(Notice(text, self._node.node_id))
+            self._peer_terms = None
         try:
             cache = CacheChild(
-                self._spec.cache, self._node.node_id, self._spec.cwd, self._base_env, log_path, self._on_event
+                self._spec.cache,
+                self._node.node_id,
+                self._spec.cwd,
+                self._base_env,
+                os.path.join(self._run_dir, "cache.log"),
+                self._on_event,
+                self._peer_terms,
+                self._peers,
             )
         except OSError as error:
             self._on_event(CacheFailed(self._node.node_id, f"the cache daemon could not be started: {error}"))

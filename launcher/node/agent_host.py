@@ -67,9 +67,11 @@ class AgentHost:
             if self._agent is not None:
                 self._agent.close()
 
-    def _begin(self, node: NodeInfo, spec: JobSpec, run_dir: str, base_env: Mapping[str, str]) -> None:
+    def _begin(
+        self, node: NodeInfo, spec: JobSpec, run_dir: str, base_env: Mapping[str, str], cache_key: str | None = None
+    ) -> None:
         self._node_id = node.node_id
-        self._agent = NodeAgent(node, spec, run_dir, base_env, self._send_event, self._send_output)
+        self._agent = NodeAgent(node, spec, run_dir, base_env, self._send_event, self._send_output, cache_key)
 
     def _lease(self, ends_s: float) -> None:
         if self._lease_ends_s is None:

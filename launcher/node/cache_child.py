@@ -14,10 +14,11 @@ import stat
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from launcher.gang.events import CacheFailed, CacheServing, Event
+from launcher.node.cache_peers import PeerFiles, PeerTerms
 from launcher.node.failure import last_lines
 from launcher.node.guarded import Exited, Gone, Report, StartFailed, execute
 from launcher.spec import CacheOptions
@@ -61,8 +62,10 @@ class CacheChild:
         base_env: Mapping[str, str],
         log_path: str,
         on_event: Callable[[Event], None],
+        peer_terms: PeerTerms | None = None,
+        peers: Sequence[str] = (),
     ) -> None:
-        """Raises OSError when it cannot even be started."""
+        """peer_terms: None: it has no peers. peers: those that are known already. Raises OSError when it cannot even be started."""
         self._node_id = node_id
         self._on_event = on_event
         self._log_path = log_path
@@ -76,6 +79,9 @@ class CacheChild:
         # Expanded here, on the node: `$SLURM_TMPDIR/cache` and `~` differ from node to node.
         self._dir = os.path.abspath(os.path.join(cwd, os.path.expanduser(os.path.expandvars(options.dir))))
         self.socket = socket_path(self._dir)
+        self._peer_files: PeerFiles | None = None
+        if peer_terms is not None:
+            self._peer_files = PeerFiles(self.socket.removesuffix(".sock"), peer_terms, peers)
         self._log_fd = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         self.announce_fd, write_fd = os.pipe()
         os.set_blocking(self.announce_fd, False)
@@ -84,6 +90,8 @@ class CacheChild:
             self.guarded = execute(argv, env, cwd, write_fd, self._log_fd)
         except BaseException:
             os.close(self.announce_fd)
+            if self._peer_files is not None:
+                self._peer_files.close()
             raise
         finally:
             os.close(write_fd)
@@ -97,6 +105,7 @@ class CacheChild:
         program = options.program or (sys.executable, "-P", "-m", "cache")
         argv = [*program, "serve", "--dir", self._dir, "--capacity", options.capacity]
         argv += ["--socket", self.socket, "--announce", "--exit-with-parent"]
+        argv += self._peer_files.arguments if self._peer_files is not None else []
         return argv, {**base_env, "PYTHONPATH": python_path}
 
     def read_announcement(self) -> bool:
@@ -123,11 +132,14 @@ class CacheChild:
                 bool(said["already_running"]),
                 int(said["resident_bytes"]),
                 int(said["capacity_bytes"]),
+                str(said.get("peer_address") or ""),
             )
         except (ValueError, KeyError, TypeError):
             self._fail(f"the cache daemon announced itself with something else than the agreed line: {line[:200]!r}")
             return
         self.has_announced = True
+        if self._peer_files is not None:
+            self._peer_files.key_was_read()
         self._already_running = event.already_running
         if event.socket != self.socket:
             # Ranks may have been started with our path already; it leads them to the daemon that serves the directory.
@@ -154,6 +166,12 @@ class CacheChild:
             case Gone():
                 self.is_over = True
 
+    def tell_peers(self, addresses: Sequence[str]) -> None:
+        """These are the job's daemons now."""
+        if self._peer_files is not None:
+            with contextlib.suppress(OSError):  # no room: it goes on with those that it knows
+                self._peer_files.tell(addresses)
+
     @property
     def has_served(self) -> bool:
         """It was a daemon of ours that worked: it announced itself, and nobody has told it to stop."""
@@ -179,6 +197,8 @@ class CacheChild:
         self.guarded.close()
         with contextlib.suppress(OSError):
             os.unlink(self.socket)
+        if self._peer_files is not None:
+            self._peer_files.close()
 
     def _fail(self, reason: str) -> None:
         if not self._is_stopping:

@@ -227,6 +227,7 @@ def _read_logs(line: CommandLine, environ: Mapping[str, str]) -> LogOptions:
 
 def _read_cache(line: CommandLine) -> CacheOptions | None:
     directory, capacity = line.text("cache-dir"), line.text("cache-capacity")
+    peers = read(line, "cache-peers", values.parse_cache_peers, "auto")
     if directory is None and capacity is None:
         return None
     if not directory or not capacity:
@@ -238,7 +239,7 @@ def _read_cache(line: CommandLine) -> CacheOptions | None:
         raise SpecError(
             f"a cache needs a directory and a capacity; {missing} is missing", advice="give both, or neither"
         )
-    return CacheOptions(directory, read(line, "cache-capacity", values.parse_size, capacity))
+    return CacheOptions(directory, read(line, "cache-capacity", values.parse_size, capacity), peers=peers)
 
 
 # What has to be said.

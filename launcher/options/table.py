@@ -223,6 +223,14 @@ OPTIONS: tuple[Option, ...] = (
         is_ours=True,
     ),
     Option("cache-capacity", CACHE, "How much it may keep on a node, for example 200GiB.", "SIZE", is_ours=True),
+    Option(
+        "cache-peers",
+        CACHE,
+        "Whether the nodes' daemons fetch from each other, so that each byte leaves the object store once: auto, on a Ray "
+        "cluster; off. [auto]",
+        "auto|off",
+        is_ours=True,
+    ),
     Option("role", OTHER, "ROLE_NAME of the ranks. [default]", "NAME"),
     Option("rdzv-id", OTHER, "TORCHELASTIC_RUN_ID of the ranks. [a fresh one]", "ID"),
     Option("master-port", OTHER, "Port of the ranks' store. [a free one, fresh for each attempt]", "PORT"),

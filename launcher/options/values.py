@@ -6,7 +6,7 @@ import math
 import re
 import signal
 
-from launcher.spec import BINDINGS, StartMethod, Stream, StreamChoice
+from launcher.spec import BINDINGS, CACHE_PEERS, StartMethod, Stream, StreamChoice
 
 PROCS_WISHES = ("auto", "gpu", "cpu")
 
@@ -148,6 +148,13 @@ def parse_binding(text: str) -> str:
     """`--bind`."""
     if text not in BINDINGS:
         raise ValueError(" or ".join(BINDINGS))
+    return text
+
+
+def parse_cache_peers(text: str) -> str:
+    """`--cache-peers`."""
+    if text not in CACHE_PEERS:
+        raise ValueError(" or ".join(CACHE_PEERS))
     return text
 
 

@@ -204,6 +204,37 @@ def test_what_another_node_can_lend_again_is_evicted_first(
         assert counting_origin.bytes_sent <= 1.02 * total
 
 
+def test_a_list_in_a_file_is_followed_as_nodes_come_and_go(
+    tmp_path: Path, counting_origin: CountingOrigin, open_cache: OpenCache
+) -> None:
+    """How the launcher tells daemons of each other: ports are whatever is free, and who is struck off owns nothing any more."""
+    objects = put_objects(counting_origin)
+    listed, key = tmp_path / "peers", tmp_path / "key"
+    key.write_text("0123456789abcdef" * 2)
+    key.chmod(0o600)
+    options = ("--peers", f"file:{listed}", "--peer-listen", "127.0.0.1:0", "--peer-key-file", str(key))
+
+    def tell(*daemons: CacheDaemon) -> None:
+        part = tmp_path / "part"
+        part.write_text("".join(f"{daemon.announced['peer_address']}\n" for daemon in daemons))
+        part.rename(listed)
+
+    with CacheDaemon(options=options) as one, CacheDaemon(options=options) as other:
+        assert members(one) == members(other) == 1
+        tell(one, other)
+        together([one, other])
+        for daemon in (one, other):
+            read_all(open_cache(daemon.socket), objects)
+        assert counting_origin.bytes_sent == sum(map(len, objects.values()))
+        tell(one)
+        wait_until(lambda: members(one) == 1, "who was struck off is no member")
+        (tmp_path / "part").write_text("no address at all\n")
+        (tmp_path / "part").rename(listed)
+        wait_until(lambda: "is not an address" in one.log, "a bad line is said")
+        tell(one, other)
+        together([one, other])
+
+
 def test_a_public_address_without_a_key_is_refused_at_the_start(tmp_path: Path) -> None:
     (port,) = free_ports(1)
     daemon = CacheDaemon(options=("--peers", "10.0.0.1:1", "--peer-listen", f"0.0.0.0:{port}"))

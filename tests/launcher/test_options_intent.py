@@ -33,7 +33,7 @@ def test_flags_reach_the_spec() -> None:
     spec = meant(
         "--nnodes 2:4 --nproc-per-node 8 --address h:1 --cpus-per-proc 4 --gpus-per-proc 0.5 --resources rdma=1 --max-restarts 3 "
         "--shutdown-timeout 5 --place-timeout 60 --role r --rdzv-id id --master-port 29501 --cache-dir /c --cache-capacity 1GiB "
-        "--virtual-local-rank --bind none --preflight -m pkg.train --lr 0.1"
+        "--cache-peers off --virtual-local-rank --bind none --preflight -m pkg.train --lr 0.1"
     ).spec
     assert (spec.min_nodes, spec.max_nodes, spec.nproc_per_node) == (2, 4, 8)
     assert (spec.resources.cpus_per_proc, spec.resources.gpus_per_proc, spec.resources.per_node) == (
@@ -44,7 +44,7 @@ def test_flags_reach_the_spec() -> None:
     assert (spec.restarts.max_restarts, spec.shutdown_timeout_s, spec.place_timeout_s) == (3, 5, 60)
     assert (spec.role, spec.run_id, spec.master_port, spec.virtual_local_rank) == ("r", "id", 29501, True)
     assert (spec.bind, spec.preflight) == ("none", True)
-    assert spec.cache == CacheOptions("/c", "1GiB")
+    assert spec.cache == CacheOptions("/c", "1GiB", peers="off")
     assert spec.program == Program(ProgramKind.MODULE, "pkg.train", ("--lr", "0.1"))
 
 

@@ -77,7 +77,7 @@ class AgentActor:
         node_id = ray.get_runtime_context().get_node_id()
         return Hello(node_id, installed_version(), platform.python_version(), socket.gethostname(), there)
 
-    def begin(self, node: NodeInfo, spec: JobSpec, run_dir: str, cwd: str) -> int:
+    def begin(self, node: NodeInfo, spec: JobSpec, run_dir: str, cwd: str, cache_key: str | None = None) -> int:
         """Starts the agent's host process and the agent in it. Returns the port on which that process can be seen to live: 0 for none."""
         made, notice = _make_run_dir(run_dir)
         if notice:
@@ -85,7 +85,7 @@ class AgentActor:
         base_env = user_environment(os.environ, _initial_environment())
         self._lease = Lease(Terms(spec.heartbeat_timeout_s), time.monotonic())
         port = self._start_host(base_env, node.addr)
-        self._send("begin", node, replace(spec, cwd=cwd), made, base_env)
+        self._send("begin", node, replace(spec, cwd=cwd), made, base_env, cache_key)
         threading.Thread(target=self._watch_lease, name="lease", daemon=True).start()
         self._has_begun.set()
         return port
@@ -98,6 +98,9 @@ class AgentActor:
 
     def stop_attempt(self, attempt: int, grace_s: float, signum: int, can_save: bool = False) -> None:
         self._send("stop_attempt", attempt, grace_s, signum, can_save)
+
+    def share_cache(self, addresses: tuple[str, ...]) -> None:
+        self._send("share_cache", addresses)
 
     def close(self) -> None:
         """Ends everything on this node; blocks until it is done."""

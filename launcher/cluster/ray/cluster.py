@@ -16,6 +16,7 @@ from launcher import exclusion
 from launcher.cluster.ports import EventSink, NodeHandle
 from launcher.cluster.ray import survey, topology
 from launcher.cluster.ray.acquire import SAY_AGAIN_S, Abandoned, Group, StartedAgent, start_agents, why_missing
+from launcher.cluster.ray.cache_peers import CachePeers
 from launcher.cluster.ray.head import HeadWatch, forget_ray
 from launcher.cluster.ray.keeper import Keeper, Wanted
 from launcher.cluster.ray.lease import Terms
@@ -58,6 +59,7 @@ class RayCluster:
         self._terms = Terms(spec.heartbeat_timeout_s)
         self._head = HeadWatch(address)
         self._lifelines = Lifelines()
+        self._cache_peers = CachePeers(self._share_cache)
         self._keeper: Keeper | None = None
         self._changed = threading.Condition()
         self._is_asked = True
@@ -275,8 +277,10 @@ class RayCluster:
         # The number, because a node that is lost and comes back is another one to the gang.
         bare = NodeInfo(f"{node.node_id}#{self._num_taken}", node.hostname, node.addr, self._spec.nproc_per_node)
         info = topology.with_label(bare, topology.labels(), node.node_id)
-        port = agent.actor.begin.remote(info, self._spec, self._run_dir, agent.hello.cwd)
-        remote = RemoteNode(info, agent.actor, _Tap(self._sink, self._lost, self._told_to_leave), self._terms)
+        key = self._cache_peers.key_for(self._spec)
+        port = agent.actor.begin.remote(info, self._spec, self._run_dir, agent.hello.cwd, key)
+        tap = _Tap(self._sink, self._lost, self._told_to_leave, self._cache_peers)
+        remote = RemoteNode(info, agent.actor, tap, self._terms)
         with self._changed:
             self._nodes[info.node_id] = remote
         remote.start()
@@ -296,6 +300,10 @@ class RayCluster:
             self._keeper.look_now()
         with self._changed:
             self._changed.notify_all()
+
+    def _share_cache(self, addresses: tuple[str, ...]) -> None:
+        for node in self._held():
+            node.share_cache(addresses)
 
     def _held(self) -> list[RemoteNode]:
         with self._changed:
@@ -317,6 +325,7 @@ class RayCluster:
             self._nodes.pop(node.node.node_id, None)
             self._gone[node.node.node_id] = node
         self._lifelines.forget(node.node.node_id)
+        self._cache_peers.gone(node.node.node_id)
         node.kill()
 
     def _give_back(self) -> None:
@@ -330,8 +339,11 @@ class RayCluster:
 class _Tap:
     """The sink, and the cluster's own interest in what comes of a node."""
 
-    def __init__(self, sink: EventSink, on_lost: Callable[[str], None], told_to_leave: set[str]) -> None:
+    def __init__(
+        self, sink: EventSink, on_lost: Callable[[str], None], told_to_leave: set[str], cache_peers: CachePeers
+    ) -> None:
         self._sink = sink
+        self._cache_peers = cache_peers
         self._on_lost = on_lost
         self._told_to_leave = told_to_leave
 
@@ -340,6 +352,7 @@ class _Tap:
             if event.node_id in self._told_to_leave:
                 return
             self._told_to_leave.add(event.node_id)
+        self._cache_peers.heard(event)
         self._sink.put(event)
         if isinstance(event, NodeLost):
             self._on_lost(event.node_id)

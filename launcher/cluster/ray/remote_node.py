@@ -54,6 +54,10 @@ class RemoteNode:
     def stop_attempt(self, attempt: int, grace_s: float, signum: int, can_save: bool = False) -> None:
         self._tell("stop_attempt", attempt, grace_s, signum, can_save)
 
+    def share_cache(self, addresses: tuple[str, ...]) -> None:
+        """Tells its cache daemon where the job's daemons are."""
+        self._tell("share_cache", addresses)
+
     def ask_to_close(self) -> Any:
         """Asks the agent to end everything; returns what `ray.wait` can wait for, or None. Nothing is delivered after this."""
         self._over.set()
