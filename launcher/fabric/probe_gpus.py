@@ -68,6 +68,27 @@ def read_nvml(nvml: Any = None) -> NvmlReading:
         _ask(nvml, "nvmlShutdown")
 
 
+def nvlink_domain(nvml: Any = None) -> str | None:
+    """Which NVLink domain this node's GPUs are in, as the label `nvidia.com/gpu.clique` has it: CLUSTER.CLIQUE. One question, no survey."""
+    try:
+        if nvml is None:
+            import pynvml
+
+            nvml = pynvml
+        nvml.nvmlInit()
+    except Exception:  # no library, no driver, no GPU
+        return None
+    try:
+        for index in range(_ask(nvml, "nvmlDeviceGetCount") or 0):
+            handle = _ask(nvml, "nvmlDeviceGetHandleByIndex", index)
+            _, cluster, clique = _fabric(nvml, handle) if handle is not None else (None, None, None)
+            if cluster is not None:
+                return f"{cluster}.{clique}"
+        return None
+    finally:
+        _ask(nvml, "nvmlShutdown")
+
+
 def _read_all(nvml: Any) -> NvmlReading:
     count = _ask(nvml, "nvmlDeviceGetCount")
     gpus, unread = [], []

@@ -35,7 +35,12 @@ _GPU_SIGNS = ("/dev/nvidiactl", "/dev/dxg", "/proc/driver/nvidia/version")
 
 def is_needed(spec: JobSpec, num_nodes: int) -> bool:
     """Whether anything that ranks are given depends on the hardware: on a laptop without a GPU nothing does, and nobody waits."""
-    return num_nodes > 1 or spec.bind == "numa" or spec.preflight or any(os.path.exists(sign) for sign in _GPU_SIGNS)
+    return num_nodes > 1 or spec.bind == "numa" or spec.preflight or has_gpus()
+
+
+def has_gpus() -> bool:
+    """Whether a driver is loaded; it may have no GPU for us."""
+    return any(os.path.exists(sign) for sign in _GPU_SIGNS)
 
 
 @dataclass(frozen=True)

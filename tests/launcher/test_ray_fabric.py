@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.cluster.ray.topology import arguments, in_order
+from launcher.cluster.ray.topology import CLIQUE, arguments, in_order, with_label
 from launcher.fabric.order import Packing
 from launcher.gang.world import NodeInfo, World, arrange
 from tests.launcher.launched import wait_until
@@ -93,6 +93,41 @@ def test_a_job_begins_after_its_nodes_were_measured_and_keeps_what_they_are(
     wait_until(lambda: not probes(), "what measured has ended")
 
 
+NAMES_A_NODE = """
+import dataclasses, sys
+from launcher import cli
+from launcher.fabric import conduct
+from launcher.fabric.findings import Finding, Severity
+
+def measured(peers, names, wishes, real=conduct.conduct):
+    report = real(peers, names, wishes)
+    if len(names) == 1:
+        return report
+    broken = Finding("probe-lost", Severity.ERROR, (names[1],), "its NIC fell off", "it would hang the job", "call")
+    return dataclasses.replace(report, findings=(*report.findings, broken))
+
+conduct.conduct = measured
+sys.exit(cli.main())
+"""
+
+
+def test_a_node_that_the_preflight_finds_broken_is_left_out_and_remembered(
+    ray_cluster: RayUnderTest, tmp_path: Path
+) -> None:
+    """Real nodes and agents; only the verdict on one of them is made up, for both are this machine."""
+    (tmp_path / "train.py").write_text("import os; open('world', 'a').write(os.environ['WORLD_SIZE'])")
+    memory = tmp_path / "excluded.json"
+    env = {**ray_environment(), "RAY_ADDRESS": ray_cluster.address}
+    job = ["--nnodes=1:2", "--preflight", f"--exclude-file={memory}", "train.py"]
+    command = [sys.executable, "-c", NAMES_A_NODE, *job]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=DEADLINE_S)
+    assert done.returncode == 0, done.stderr
+    assert "left out after the preflight: " in done.stderr
+    assert "its NIC fell off" in done.stderr
+    assert (tmp_path / "world").read_text() == "1"
+    assert "its NIC fell off" in memory.read_text(), "the next job knows of it"
+
+
 RACK = "topology.kubernetes.io/rack"
 
 
@@ -126,6 +161,16 @@ def test_ranks_go_rack_by_rack_and_keep_that_order() -> None:
     assert arrange(in_order(nodes[:1] + nodes[3:]), World(ordered)).nodes == tuple(left)
     plain = [NodeInfo(f"n{idx}", f"n{idx}", "", 8) for idx in range(3)]
     assert in_order(plain) == tuple(plain), "without labels the order by name stays"
+
+
+def test_the_drivers_word_on_its_nvlink_domain_counts_where_no_label_names_one() -> None:
+    """Bare Ray on GB200 racks has no labels; the gang would alternate between two NVLink domains."""
+    nodes = [
+        with_label(NodeInfo(f"n{idx}", f"n{idx}", "", 4), {"r3": {CLIQUE: "a.1"}}, f"r{idx}", domain)
+        for idx, domain in enumerate(["a.1", "b.1", "a.1", "wrong", None])
+    ]
+    assert [dict(node.labels).get(CLIQUE) for node in nodes] == ["a.1", "b.1", "a.1", "a.1", None]
+    assert [node.node_id for node in in_order(nodes)] == ["n0", "n2", "n3", "n1", "n4"]
 
 
 def test_a_gang_that_no_rack_holds_is_placed_as_before() -> None:

@@ -25,6 +25,7 @@ from typing import Any
 
 import ray
 
+from launcher.cluster.ray import topology
 from launcher.cluster.ray.lease import Lease, Terms
 from launcher.cluster.ray.outbox import Outbox
 from launcher.errors import NodeError
@@ -55,6 +56,8 @@ class Hello:
     hostname: str
     cwd: str | None
     """Directory in which ranks will run; None if the job's is not there."""
+    nvlink_domain: str | None = None
+    """Of the node's GPUs, as their driver tells it."""
 
 
 class AgentActor:
@@ -75,7 +78,8 @@ class AgentActor:
         chosen = os.getcwd() if use_own_cwd else cwd
         there = chosen if Path(chosen).is_dir() else None
         node_id = ray.get_runtime_context().get_node_id()
-        return Hello(node_id, installed_version(), platform.python_version(), socket.gethostname(), there)
+        host = socket.gethostname()
+        return Hello(node_id, installed_version(), platform.python_version(), host, there, topology.nvlink_domain())
 
     def begin(self, node: NodeInfo, spec: JobSpec, run_dir: str, cwd: str, cache_key: str | None = None) -> int:
         """Starts the agent's host process and the agent in it. Returns the port on which that process can be seen to live: 0 for none."""

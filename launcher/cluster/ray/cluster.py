@@ -276,7 +276,7 @@ class RayCluster:
         self._num_taken += 1
         # The number, because a node that is lost and comes back is another one to the gang.
         bare = NodeInfo(f"{node.node_id}#{self._num_taken}", node.hostname, node.addr, self._spec.nproc_per_node)
-        info = topology.with_label(bare, topology.labels(), node.node_id)
+        info = topology.with_label(bare, topology.labels(), node.node_id, agent.hello.nvlink_domain)
         key = self._cache_peers.key_for(self._spec)
         port = agent.actor.begin.remote(info, self._spec, self._run_dir, agent.hello.cwd, key)
         tap = _Tap(self._sink, self._lost, self._told_to_leave, self._cache_peers)

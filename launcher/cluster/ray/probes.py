@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,8 @@ from launcher.fabric.serve import JsonPeer, ProcessPeer, command_of
 
 START_S = 60.0
 """A worker process of Ray starts within seconds; on a node that unpacks a large runtime_env first, within tens."""
+MIN_PATIENCE_S = 10.0
+"""Ray takes a dead node for alive for a while; nobody waits a minute for it when the others have long answered."""
 MARGIN_S = 5.0
 """For the way to a node and back."""
 CLOSE_S = 5.0
@@ -115,12 +118,35 @@ class RayPeer(JsonPeer):
             ray.kill(self._actor)
 
 
-def heard(ref: Any, timeout_s: float) -> Any:
-    """The answer. Raises ConnectionError, with Ray's many lines in one."""
+def left_s(num_asked: int, num_silent: int, elapsed_s: float, last_answer_s: float) -> float:
+    """How much longer to wait for those that are silent: less once most have answered, and how long that took is known.
+
+    >>> left_s(8, 5, 20.0, 15.0), left_s(8, 1, 4.0, 2.0), left_s(8, 1, 30.0, 15.0), left_s(8, 0, 4.0, 4.0)
+    (40.0, 6.0, 15.0, 0.0)
+    """
+    if num_silent == 0:
+        return 0.0
+    patience_s = START_S if 2 * num_silent >= num_asked else max(MIN_PATIENCE_S, 3 * last_answer_s)
+    return max(0.0, min(START_S, patience_s) - elapsed_s)
+
+
+def _wait_for_most(refs: list[Any]) -> float:
+    """Until all have answered, or the silent ones have had their time. Returns how long that took (s)."""
+    began_s = time.monotonic()
+    silent, last_answer_s = refs, 0.0
+    while (rest_s := left_s(len(refs), len(silent), time.monotonic() - began_s, last_answer_s)) > 0.0:
+        answered, silent = ray.wait(silent, timeout=min(rest_s, 1.0))
+        if answered:
+            last_answer_s = time.monotonic() - began_s
+    return time.monotonic() - began_s
+
+
+def heard(ref: Any, timeout_s: float, waited_s: float = 0.0) -> Any:
+    """The answer. Raises ConnectionError, with Ray's many lines in one. waited_s: how long it has been waited for already."""
     try:
         return ray.get(ref, timeout=timeout_s)
     except ray.exceptions.GetTimeoutError as error:
-        raise ConnectionError(f"no answer within {timeout_s:g} s") from error
+        raise ConnectionError(f"no answer within {waited_s + timeout_s:.3g} s") from error
     except ray.exceptions.RayError as error:
         cause = getattr(error, "cause", None) or error
         lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
@@ -146,11 +172,12 @@ class ClusterDoctor:
     def look(self) -> tuple[list[NodeFacts], list[Finding]]:
         """The facts of all nodes, and a finding for each that gave none."""
         asked = [(peer, peer.look()) for peer in self._peers]
+        waited_s = _wait_for_most([ref for _, ref in asked])
         nodes: list[NodeFacts] = []
         found: list[Finding] = []
         for peer, ref in asked:
             try:
-                nodes.append(from_json(heard(ref, START_S), source=peer.place.hostname))
+                nodes.append(from_json(heard(ref, 0.0, waited_s), source=peer.place.hostname))
                 self._seen.append(peer)
             except (ConnectionError, FactsError) as error:
                 found.append(_silent(peer.place, str(error).partition("\n")[0]))

@@ -6,6 +6,8 @@ What the labels mean is decided in launcher.fabric.order; here Ray's tables are 
 from __future__ import annotations
 
 import inspect
+import queue
+import threading
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +18,11 @@ from launcher.cluster.ray import survey
 from launcher.fabric.order import RACK_LABELS, Packing, order_nodes, packing
 from launcher.gang.offers import View, holds
 from launcher.gang.world import NodeInfo
+from launcher.node.survey import has_gpus
+
+CLIQUE = "nvidia.com/gpu.clique"
+"""The narrowest label: nodes whose GPUs are on one NVLink fabric (NVIDIA's feature discovery sets it to CLUSTER.CLIQUE)."""
+DRIVER_S = 5.0
 
 
 def labels() -> dict[str, dict[str, str]]:
@@ -27,11 +34,26 @@ def labels() -> dict[str, dict[str, str]]:
     }
 
 
-def with_label(info: NodeInfo, found: Mapping[str, Mapping[str, str]], ray_id: str) -> NodeInfo:
-    """The node with what its labels say."""
-    return NodeInfo(
-        info.node_id, info.hostname, info.addr, info.num_ranks, tuple(sorted(found.get(ray_id, {}).items()))
-    )
+def with_label(
+    info: NodeInfo, found: Mapping[str, Mapping[str, str]], ray_id: str, nvlink: str | None = None
+) -> NodeInfo:
+    """The node with what its labels say, and its driver of its NVLink domain where no label does."""
+    told = {**({} if nvlink is None else {CLIQUE: nvlink}), **found.get(ray_id, {})}
+    return NodeInfo(info.node_id, info.hostname, info.addr, info.num_ranks, tuple(sorted(told.items())))
+
+
+def nvlink_domain() -> str | None:
+    """Of this node, from its driver; None without GPUs, and from a driver that is silent for DRIVER_S: it must not hold up the gang."""
+    if not has_gpus():
+        return None
+    from launcher.fabric.probe_gpus import nvlink_domain as asked
+
+    answer: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+    threading.Thread(target=lambda: answer.put(asked()), name="nvlink", daemon=True).start()
+    try:
+        return answer.get(timeout=DRIVER_S)
+    except queue.Empty:
+        return None
 
 
 def in_order(nodes: Sequence[NodeInfo]) -> tuple[NodeInfo, ...]:

@@ -18,7 +18,7 @@ from launcher.fabric.facts import NodeFacts
 from launcher.fabric.findings import Severity, findings
 from launcher.fabric.probe import probe
 from launcher.fabric.probe_devices import acs_redirect, place_in_tree
-from launcher.fabric.probe_gpus import bus_id, read_nvml
+from launcher.fabric.probe_gpus import bus_id, nvlink_domain, read_nvml
 from launcher.fabric.root import Root
 from launcher.fabric.rules import GangRequest, environment
 from tests.launcher.fabric.machines import facts_of, give_address, lay_out
@@ -297,6 +297,21 @@ def test_a_lost_gpu_does_not_hide_the_others() -> None:
     assert first.pcie_gen is None, "this driver does not answer that question"
     assert (second.index, second.name) == (1, None)
     assert "GPU 1" in reading.unread[0]
+
+
+def test_the_nvlink_domain_is_one_question() -> None:
+    """Asked before ranks have places, so that a rack's NVLink domain stays together where no label names it."""
+    nvml = FakeNvml()
+    assert nvlink_domain(nvml) == "00010203-0405-0607-0809-0a0b0c0d0e0f.7"
+    assert not nvml.is_open
+
+    class NoFabric(FakeNvml):
+        def __getattr__(self, name: str) -> Callable[..., Any]:
+            if "Fabric" in name:
+                raise AttributeError(name)
+            return super().__getattr__(name)
+
+    assert nvlink_domain(NoFabric()) is None
 
 
 def test_a_machine_without_nvml_says_why() -> None:
