@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import select
 import socket
 import subprocess
 import sys
@@ -72,6 +73,7 @@ class AgentActor:
         self._lease: Lease | None = None
         self._num_answers = 0
         self._has_begun = threading.Event()
+        self._why_ended = ""
 
     def hello(self, cwd: str, use_own_cwd: bool) -> Hello:
         """Who is here. `use_own_cwd`: Ray has put the job's files where this process runs (`runtime_env` with a working directory)."""
@@ -91,6 +93,9 @@ class AgentActor:
         port = self._start_host(base_env, node.addr)
         self._send("begin", node, replace(spec, cwd=cwd), made, base_env, cache_key)
         threading.Thread(target=self._watch_lease, name="lease", daemon=True).start()
+        raylet = raylet_of(os.environ, os.getppid())
+        if raylet:
+            threading.Thread(target=self._watch_raylet, args=(raylet,), name="raylet", daemon=True).start()
         self._has_begun.set()
         return port
 
@@ -176,9 +181,26 @@ class AgentActor:
 
     def _why_gone(self) -> str:
         where = socket.gethostname()
+        if self._why_ended:
+            return self._why_ended
         if self._lease is not None and time.monotonic() >= self._lease.ends_s:
             return f"the agent on {where} heard nothing from the launcher in time and ended its ranks"
         return f"the agent's process on {where} has ended"
+
+    def _watch_raylet(self, pid: int) -> None:
+        """Without its raylet Ray takes the node for dead, and ends us: in a second where somebody reaps the raylet, else (a container
+        whose first process is a shell) when its head has missed it for 14 s. So the ranks end now, and start elsewhere."""
+        try:
+            raylet = os.pidfd_open(pid)
+        except OSError:
+            return  # it is gone, and Ray ends us; or this kernel has no pidfd, and Ray's word has to do
+        try:
+            select.select([raylet], [], [])
+        finally:
+            os.close(raylet)
+        self._why_ended = f"the raylet on {socket.gethostname()} has died"
+        if self._host is not None:
+            self._host.kill()
 
     def _watch_lease(self) -> None:
         assert self._lease is not None
@@ -200,6 +222,16 @@ def _listen(addr: str) -> tuple[socket.socket | None, int]:
     except OSError:
         return None, 0
     return listener, listener.getsockname()[1]
+
+
+def raylet_of(env: Mapping[str, str], parent: int) -> int | None:
+    """The process id of this worker's raylet, if it is sure: what Ray says must be our parent (in a container of our own it is not).
+
+    >>> raylet_of({"RAY_RAYLET_PID": "7"}, 7), raylet_of({"RAY_RAYLET_PID": "7"}, 1), raylet_of({}, 7)
+    (7, None, None)
+    """
+    told = env.get("RAY_RAYLET_PID", "")
+    return parent if told == str(parent) else None
 
 
 def installed_version() -> str:

@@ -27,11 +27,11 @@ _CONNECT_S = 2.0
 class HeadWatch:
     """One thread that connects to the head's port now and then. address: HOST:PORT as Ray resolved it."""
 
-    def __init__(self, address: str, patience_s: float = PATIENCE_S) -> None:
+    def __init__(self, address: str) -> None:
         host, _, port = address.rpartition(":")
         self._where = (host.strip("[]"), int(port))
         self._address = address
-        self._patience_s = patience_s
+        self._patience_s = PATIENCE_S
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self.is_lost = False
@@ -60,7 +60,16 @@ class HeadWatch:
                     return
 
 
+_forgotten = threading.Event()
+
+
 def forget_ray() -> None:
     """Lets this process end without a farewell to a head that cannot answer it."""
+    _forgotten.set()
     with contextlib.suppress(Exception):
         atexit.unregister(ray.shutdown)
+
+
+def is_forgotten() -> bool:
+    """Whether this process must end without Python's own farewell (`launcher/__main__.py`)."""
+    return _forgotten.is_set()
