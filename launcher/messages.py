@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from launcher.gang import policy
+from launcher.gang.causes import cause
 from launcher.gang.events import (
     CacheFailed,
     CacheServing,
-    ExceptionRecord,
     FabricFound,
     Failure,
     NodeFailed,
@@ -38,20 +38,12 @@ def failure_line(failure: Failure, world: World | None, max_cause: int = 2000) -
     """One line: who, where, why (an exception's words up to `max_cause` characters), and the log that says more."""
     host = hostname(failure.node_id, world)
     match failure:
-        case RankExited(rank=rank, exception=exception, status=status, stderr_log=log):
-            cause = f"{exception_line(exception, max_cause)} ({status})" if exception else str(status)
-            return f"rank {rank} on {host} failed: {cause}" + (f"; log {log}" if log else "")
+        case RankExited(rank=rank, stderr_log=log):
+            return f"rank {rank} on {host} failed: {cause(failure, max_cause)}" + (f"; log {log}" if log else "")
         case NodeFailed(reason=reason):
             return f"node {host} failed: {reason}"
         case NodeLost(reason=reason):
             return f"node {host} lost: {reason}"
-
-
-def exception_line(exception: ExceptionRecord, max_length: int) -> str:
-    """`ValueError: it broke`, the first line of it, cut to a length."""
-    first = exception.message.partition("\n")[0].strip()
-    line = ": ".join(part for part in (exception.type_name, first) if part)
-    return line if len(line) <= max_length else f"{line[: max_length - 1]}…"
 
 
 def failure_report(failure: Failure, world: World | None) -> str:

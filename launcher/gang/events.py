@@ -140,6 +140,10 @@ class RankExited:
     exception: ExceptionRecord | None = None
     last_lines: str = ""
     """The end of standard error, for a rank that left no exception (a signal, a program that is not Python)."""
+    cause: str = ""
+    """What the node knows besides: that the kernel killed it for memory, where in native code it crashed, which thread raised."""
+    out_of_memory: bool = False
+    """The kernel killed it, or a process of its own, because memory ran out."""
     steps: int | None = None
     """Optimizer steps that it made in this attempt. None: none that we saw (no optimizer, or not one step)."""
 

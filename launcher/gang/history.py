@@ -5,16 +5,27 @@ A *spare* is a node that is held, with its agent up, and has no ranks: it is use
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from launcher.gang.events import Action, Announce, Fact, Failure, NodeDraining, NodeJoined, NodeLost
+from launcher.gang.events import Action, Announce, Fact, Failure, NodeDraining, NodeJoined, NodeLost, RankExited
 from launcher.gang.sayings import in_time
 from launcher.gang.world import NodeInfo, World, arrange
 from launcher.spec import DEFAULT_GROW_DELAY_S, RestartBudget
 
 DRAIN_MARGIN_S = 5.0
 """Ranks are killed so long before a draining node's deadline: their end must be known before the node is gone."""
+
+
+class StopCause(enum.Enum):
+    """Why everything is told to stop."""
+
+    SUCCESS = "every rank ended with 0"
+    FAILURE = "something failed"
+    SIGNAL = "a signal was sent to the launcher"
+    PREEMPTION = "nodes were told to leave"
+    GROWTH = "nodes have joined"
 
 
 @dataclass(frozen=True)
@@ -64,6 +75,12 @@ class History:
         """Held nodes on which the next attempt may run: survivors first, in their order, then spares."""
         held = (*(self.world.nodes if self.world else ()), *self.spares)
         return tuple(node for node in held if node.node_id not in lost and node.node_id not in self.draining)
+
+    def num_gone_with(self, failure: Failure, good: int) -> int:
+        """Ranks that ran and have gone with it. good: those that had ended well before, as bits."""
+        if isinstance(failure, NodeLost) and self.world is not None:
+            return sum(not good >> member.rank & 1 for member in self.world.members_of(failure.node_id))
+        return 1 if isinstance(failure, RankExited) else 0
 
     def can_grow(self) -> bool:
         """Whether a spare could have ranks that the world has no place for now."""

@@ -11,7 +11,6 @@ An event that makes no sense is an error that tells the story so far, and change
 
 from __future__ import annotations
 
-import enum
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from dataclasses import dataclass, replace
 from launcher.errors import EXIT_RESUMABLE, InvalidTransition
 from launcher.gang import policy
 from launcher.gang.blame import blame
+from launcher.gang.causes import died_of_us, is_secondhand, with_who_left_early
 from launcher.gang.events import (
     AcquireNodes,
     Action,
@@ -45,12 +45,14 @@ from launcher.gang.events import (
     StoreOpened,
     Tick,
 )
-from launcher.gang.history import History, Rules, drain_grace_s, note_who_is_held, seat
-from launcher.gang.sayings import describe, how_stopped
+from launcher.gang.history import History, Rules, StopCause, drain_grace_s, note_who_is_held, seat
+from launcher.gang.sayings import describe, how_many_saved, how_stopped, illegal_move, stopping_others
 from launcher.gang.world import NodeInfo, World
 
 STOP_MARGIN_S = 10.0
 """A node that has not ended an attempt this long after the grace is treated as lost."""
+REPORT_PATIENCE_S = 1.0
+"""How long the loss of a peer is not yet told: what the peer died of is the news, and it is on its way."""
 _STORY_LENGTH = 60
 _SIGTERM, _SIGKILL = int(signal.SIGTERM), int(signal.SIGKILL)  # plain numbers, like what handlers are given
 
@@ -122,7 +124,10 @@ class Running:
                     return stopping, _kill_actions(stopping)
                 return replace(self, good=good), ()
             case RankExited() | NodeFailed() | NodeLost():
-                return _stop_failed(self.history, event, now, self._num_running() - self._num_gone(event))
+                failure = with_who_left_early(event, self.good) if is_secondhand(event) else event
+                return _stop_failed(
+                    self.history, failure, now, self._num_running() - self.history.num_gone_with(event, self.good)
+                )
             case NodeJoined():
                 return replace(self, grow_at_s=_when_to_grow(self.history, now)), ()
             case NodeDraining():
@@ -139,25 +144,6 @@ class Running:
 
     def _num_running(self) -> int:
         return _world(self.history).world_size - self.good.bit_count()
-
-    def _num_gone(self, failure: Failure) -> int:
-        """Ranks that ran and have gone with it."""
-        match failure:
-            case RankExited():
-                return 1
-            case NodeLost(node_id=node_id):
-                return sum(not self.good >> member.rank & 1 for member in _world(self.history).members_of(node_id))
-        return 0
-
-
-class StopCause(enum.Enum):
-    """Why everything is told to stop."""
-
-    SUCCESS = "every rank ended with 0"
-    FAILURE = "something failed"
-    SIGNAL = "a signal was sent to the launcher"
-    PREEMPTION = "nodes were told to leave"
-    GROWTH = "nodes have joined"
 
 
 @dataclass(frozen=True)
@@ -178,6 +164,12 @@ class Stopping:
     """Ranks that ran when they were told to stop."""
     num_saved: int = 0
     """Of these, those that have saved their state."""
+    consequence: str = ""
+    """To be said with the failure."""
+    told: Failure | None = None
+    """The failure that was reported; None: none yet."""
+    report_due_s: float | None = None
+    """What is known is only the loss of a peer: until then the failure behind it is waited for. None: it is told, or nothing is to tell."""
 
     def on(self, event: Fact, now: float) -> Move:
         match event:
@@ -186,14 +178,17 @@ class Stopping:
             case RankExited(status=status) if status.code == EXIT_RESUMABLE and self.cause is not StopCause.FAILURE:
                 return replace(self, num_saved=self.num_saved + 1), ()
             case RankExited() | NodeFailed():
-                return replace(self, failures=(*self.failures, event)), ()
+                return self._take(event)
             case AttemptEnded(node_id=node_id):
                 return _conclude_if_over(replace(self, ended=self.ended | {node_id}), now)
             case NodeLost(node_id=node_id):
-                after = replace(self, failures=(*self.failures, event), lost=self.lost | {node_id})
-                return _conclude_if_over(after, now)
+                taken, told = self._take(event)
+                after, more = _conclude_if_over(replace(taken, lost=self.lost | {node_id}), now)
+                return after, (*told, *more)
             case StopRequested(signum=signum):
                 return self._hurry(signum, now)
+            case Tick() if self.report_due_s is not None and now >= self.report_due_s:
+                return self.tell()
             case Tick() if now >= self.deadline_s:
                 return self._give_up_on_silent_nodes(now)
             case RanksStarted() | StoreOpened() | NodeJoined() | NodeDraining() | Tick():
@@ -204,6 +199,19 @@ class Stopping:
     def is_saved(self) -> bool:
         """Every rank that was told to stop has saved its state."""
         return 0 < self.num_to_save == self.num_saved
+
+    def _take(self, failure: Failure) -> tuple[Stopping, Sequence[Action]]:
+        """One more failure; told at once if it is what was waited for."""
+        taken = replace(self, failures=(*self.failures, failure))
+        if self.report_due_s is None or is_secondhand(failure) or died_of_us(failure, taken.failures[0]):
+            return taken, ()
+        return taken.tell()
+
+    def tell(self) -> tuple[Stopping, Sequence[Action]]:
+        """Reports what is the root cause so far."""
+        root = policy.root_cause(self.failures)
+        report = ReportFailure(self.history.attempt, root, self.consequence)
+        return replace(self, told=root, report_due_s=None), (report,)
 
     def _hurry(self, signum: int, now: float) -> Move:
         interrupted_by = signum if self.interrupted_by is None else self.interrupted_by
@@ -311,7 +319,9 @@ def step(state: State, event: Fact, now: float) -> Move:
 def deadline_s(state: State) -> float | None:
     """When the state wants a Tick (monotonic); None: never."""
     match state:
-        case Stopping(deadline_s=deadline_s) | BackingOff(deadline_s=deadline_s):
+        case Stopping(deadline_s=deadline_s, report_due_s=report_due_s):
+            return deadline_s if report_due_s is None else min(deadline_s, report_due_s)
+        case BackingOff(deadline_s=deadline_s):
             return deadline_s
         case Running(grow_at_s=grow_at_s):
             return grow_at_s
@@ -353,13 +363,15 @@ def _stop_failed(history: History, failure: Failure, now: float, num_others: int
     grace_s = history.rules.grace_s
     lost = frozenset({failure.node_id}) if isinstance(failure, NodeLost) else frozenset()
     deadline_s = now + grace_s + STOP_MARGIN_S
-    stopping = Stopping(history, StopCause.FAILURE, deadline_s, (failure,), lost=lost)
-    grace = how_stopped(_SIGTERM, grace_s)
-    others = {0: "", 1: f"stopping the other rank ({grace})"}
-    consequence = others.get(num_others, f"stopping the other {num_others} ranks ({grace})")
+    said = stopping_others(num_others, _SIGTERM, grace_s)
+    stopping = Stopping(history, StopCause.FAILURE, deadline_s, (failure,), lost=lost, consequence=said)
+    report: Sequence[Action] = ()
+    if num_others and is_secondhand(failure):
+        stopping = replace(stopping, report_due_s=now + REPORT_PATIENCE_S)
+    else:
+        stopping, report = stopping.tell()
     after, more = _conclude_if_over(stopping, now)
-    report = ReportFailure(history.attempt, failure, consequence)
-    return after, (report, *_stop_actions(stopping, _SIGTERM, grace_s, can_save=False), *more)
+    return after, (*report, *_stop_actions(stopping, _SIGTERM, grace_s, can_save=False), *more)
 
 
 def _stop_interrupted(history: History, signum: int, now: float, good: int, num_running: int) -> Move:
@@ -408,10 +420,14 @@ def _conclude_if_over(stopping: Stopping, now: float) -> Move:
 
 
 def _conclude_failure(stopping: Stopping, now: float) -> Move:
+    said: list[Action] = []
+    if stopping.told is None:
+        stopping, told = stopping.tell()
+        said += told
     history, failures = stopping.history, stopping.failures
     root = policy.root_cause(failures)
     collateral = tuple(failure for failure in failures if failure is not root)
-    said: list[Action] = [ReportCollateral(history.attempt, root, root is not failures[0], collateral)]
+    said.append(ReportCollateral(history.attempt, root, root is not stopping.told, collateral))
     blamed = blame(history, root)
     if blamed is not None:
         said.append(blamed)
@@ -434,12 +450,8 @@ def _conclude_failure(stopping: Stopping, now: float) -> Move:
 def _conclude_pause(stopping: Stopping, now: float) -> Move:
     """After a preemption or for growth: what could not be saved is said, then the next attempt."""
     history = stopping.history
-    if stopping.is_saved:
-        said: list[Action] = [Announce(f"all {stopping.num_saved} ranks have saved their state")]
-    elif stopping.num_saved:
-        said = [Announce(f"{stopping.num_saved} of {stopping.num_to_save} ranks have saved their state")]
-    else:
-        said = []
+    saved = how_many_saved(stopping.num_saved, stopping.num_to_save)
+    said: list[Action] = [Announce(saved)] if saved else []
     told = [failure for failure in stopping.failures if policy.is_worth_telling(failure)]
     if told:
         said.append(
@@ -488,8 +500,4 @@ def _end(history: History, exit_code: int, reason: str) -> Move:
 
 
 def _unexpected(state: State, event: Fact, whither: str = "") -> InvalidTransition:
-    story = "\n  ".join(state.history.story) or "(nothing yet)"
-    return InvalidTransition(
-        f"{type(state).__name__} cannot take {describe(event)} {whither}".rstrip() + f"; the story so far:\n  {story}",
-        advice="this is a fault in the launcher: please report it with the journal of the run",
-    )
+    return illegal_move(type(state).__name__, event, whither, state.history.story)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from launcher.errors import EXIT_CRASH_LOOP, EXIT_NODE_LOST, EXIT_REFUSED, EXIT_RESUMABLE, EXIT_SIGNAL_BASE
+from launcher.gang.causes import died_of_us, is_secondhand
 from launcher.gang.events import Failure, NodeLost, RankExited
 from launcher.spec import RestartBudget
 
@@ -43,15 +44,11 @@ def happened_at_s(failure: Failure) -> float:
     return failure.at_s
 
 
-def root_cause(failures: Sequence[Failure], num_before_stop: int = 1) -> Failure:
-    """The earliest failure. The first `num_before_stop` were known before we stopped the gang; of the later ones, those that died by a
-    signal that we send are our own doing, whatever their clocks say."""
-    candidates = [
-        failure
-        for idx, failure in enumerate(failures)
-        if idx < num_before_stop or not (isinstance(failure, RankExited) and failure.status.signum in _OUR_SIGNALS)
-    ]
-    return min(candidates, key=happened_at_s)
+def root_cause(failures: Sequence[Failure]) -> Failure:
+    """The earliest failure that is more than the loss of a peer. The first made us stop the gang; of the later ones, those that died by
+    a signal that we send are our own doing, whatever their clocks say."""
+    candidates = [failure for failure in failures if not died_of_us(failure, failures[0])]
+    return min([failure for failure in candidates if not is_secondhand(failure)] or candidates, key=happened_at_s)
 
 
 def exit_code_of(failure: Failure) -> int:

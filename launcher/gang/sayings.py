@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Sequence
 
+from launcher.errors import InvalidTransition
 from launcher.gang.events import Fact, NodeDraining
 
 
@@ -22,9 +24,55 @@ def how_stopped(signum: int, grace_s: float) -> str:
     return f"{signal.Signals(signum).name}, SIGKILL after {grace_s:g} s" if grace_s else "SIGKILL"
 
 
+def stopping_others(num_others: int, signum: int, grace_s: float) -> str:
+    """
+    >>> stopping_others(0, 15, 30.0), stopping_others(1, 15, 0.0), stopping_others(7, 15, 30.0)
+    ('', 'stopping the other rank (SIGKILL)', 'stopping the other 7 ranks (SIGTERM, SIGKILL after 30 s)')
+    """
+    if not num_others:
+        return ""
+    who = "rank" if num_others == 1 else f"{num_others} ranks"
+    return f"stopping the other {who} ({how_stopped(signum, grace_s)})"
+
+
+def some_ranks(ranks: Sequence[int], most: int = 8) -> str:
+    """
+    >>> some_ranks([3]), some_ranks([0, 1, 2, 5]), some_ranks(range(0, 40, 2))
+    ('rank 3', 'ranks 0-2, 5', 'ranks 0, 2, 4, 6, 8, 10, 12, 14 and 12 more')
+    """
+    runs: list[list[int]] = []
+    for rank in ranks:
+        if runs and runs[-1][-1] == rank - 1:
+            runs[-1].append(rank)
+        else:
+            runs.append([rank])
+    shown = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs[:most])
+    rest = sum(len(run) for run in runs[most:])
+    return f"rank{'s' if len(ranks) > 1 else ''} {shown}" + (f" and {rest} more" if rest else "")
+
+
 def in_time(event: NodeDraining) -> str:
     """
     >>> in_time(NodeDraining("n", "spot", 119.6, 0.0)), in_time(NodeDraining("n", "spot", None, 0.0))
     (', in 120 s', '')
     """
     return "" if event.deadline_in_s is None else f", in {event.deadline_in_s:.0f} s"
+
+
+def how_many_saved(num_saved: int, num_to_save: int) -> str:
+    """
+    >>> how_many_saved(4, 4), how_many_saved(1, 4), how_many_saved(0, 4)
+    ('all 4 ranks have saved their state', '1 of 4 ranks have saved their state', '')
+    """
+    if not num_saved:
+        return ""
+    return f"{f'all {num_saved}' if num_saved == num_to_save else f'{num_saved} of {num_to_save}'} ranks have saved their state"
+
+
+def illegal_move(state_name: str, event: Fact, whither: str, story: Sequence[str]) -> InvalidTransition:
+    """What the machine raises when its table has no such move."""
+    so_far = "\n  ".join(story) or "(nothing yet)"
+    return InvalidTransition(
+        f"{state_name} cannot take {describe(event)} {whither}".rstrip() + f"; the story so far:\n  {so_far}",
+        advice="this is a fault in the launcher: please report it with the journal of the run",
+    )

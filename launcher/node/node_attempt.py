@@ -13,11 +13,13 @@ from functools import partial
 
 from launcher.errors import NodeError
 from launcher.gang import rank_env
+from launcher.gang.causes import unheard_exception
 from launcher.gang.events import (
     AttemptPlan,
     Event,
     ExitStatus,
     NodeFailed,
+    Notice,
     RankExited,
     RanksStarted,
     StoreAddress,
@@ -27,16 +29,17 @@ from launcher.gang.observations import NodeProgress
 from launcher.gang.rank_env import RankPlaces, Setting
 from launcher.gang.world import Member, NodeInfo
 from launcher.node import store
-from launcher.node.failure import last_lines, read_exception
+from launcher.node.failure import Left, last_lines, what_was_left
 from launcher.node.follow import LogFollower, Source
 from launcher.node.forking import ForkServer, ForkServers
 from launcher.node.guarded import Exited, Gone, GuardedProcess, NeverBorn, Report, Started, StartFailed
+from launcher.node.memory_kills import MemoryKills
 from launcher.node.nccl_logs import NcclLogs, NcclPaths
 from launcher.node.pages import RankPage
 from launcher.node.rank_process import RankFiles, RankStarter
 from launcher.node.survey import Survey
 from launcher.preemption import MARKER
-from launcher.spec import JobSpec, Stream
+from launcher.spec import JobSpec, ProgramKind, Stream
 
 _DRAIN_S = 0.2
 """How long the news of a rank's end may wait for its last shown lines, so that they stand before the report. More, and a stuck terminal
@@ -78,6 +81,8 @@ class NodeAttempt:
         self._ranks: dict[int, GuardedProcess] = {}
         self._pages: dict[int, RankPage] = {}
         self._files: dict[int, RankFiles] = {}
+        self._memory_kills = MemoryKills()
+        self._has_told_of_unheard = False
         self._num_to_start = 0
         self._pids: dict[int, int] = {}
         self._start_failures: dict[int, StartFailed] = {}
@@ -233,27 +238,36 @@ class NodeAttempt:
     def _rank_exited(self, member: Member, files: RankFiles, status: ExitStatus, at_s: float) -> None:
         if self._spec.logs.shown(member.rank, member.local_rank):
             self._follower.drain(_DRAIN_S)
-        words, exception = "", None
+        pid = self._pids.get(member.local_rank, 0)
+        left = Left()
         if member.rank in self._start_failures:
             failure = self._start_failures[member.rank]
-            words = failure.reason
+            left = Left(words=failure.reason)
             status = ExitStatus(code=127 if failure.errno == errno.ENOENT else 126)  # as a shell says it
         elif not status.is_success:
-            exception = read_exception(files.error_file)
-            words = "" if exception else last_lines(files.stderr_log)
+            is_python = self._spec.program.kind is not ProgramKind.EXECUTABLE
+            left = what_was_left(
+                status, files.traces, pid, self._memory_kills, is_stopping=self._is_stopping, is_python=is_python
+            )
+        elif (unheard := unheard_exception(last_lines(files.stderr_log, 60))) and not self._has_told_of_unheard:
+            self._has_told_of_unheard = True  # of one rank: what one has, others have too
+            text = f"rank {member.rank} ended with exit code 0 all the same: {unheard}; log {files.stderr_log}"
+            self._on_event(Notice(text, self._node.node_id))
         self._on_event(
             RankExited(
                 self.number,
                 self._node.node_id,
                 member.rank,
                 member.local_rank,
-                self._pids.get(member.local_rank, 0),
+                pid,
                 status,
                 at_s,
                 files.stdout_log,
                 files.stderr_log,
-                exception,
-                words,
+                left.exception,
+                left.words,
+                left.cause,
+                left.out_of_memory,
                 self._pages[member.rank].steps(),
             )
         )

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from launcher.gang import rank_env
 from launcher.gang.world import Member
+from launcher.node.failure import Traces
 from launcher.node.forking import ForkServer
 from launcher.node.guarded import GuardedProcess, execute
 from launcher.spec import Program, ProgramKind
@@ -42,6 +43,20 @@ class RankFiles:
     def error_file(self) -> str:
         """TORCHELASTIC_ERROR_FILE."""
         return os.path.join(self.directory, "error.json")
+
+    @property
+    def crash_file(self) -> str:
+        """Where the interpreter writes its stacks when native code crashes."""
+        return os.path.join(self.directory, "crash.log")
+
+    @property
+    def exit_file(self) -> str:
+        """Where it called `sys.exit`."""
+        return os.path.join(self.directory, "exit.json")
+
+    @property
+    def traces(self) -> Traces:
+        return Traces(self.error_file, self.exit_file, self.crash_file, self.stderr_log)
 
     @property
     def modules_file(self) -> str:

@@ -19,6 +19,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import faulthandler
+import fcntl
 import io
 import json
 import os
@@ -33,6 +35,10 @@ from typing import Any
 _ours = {__file__}
 """Files whose frames are taken off the program's tracebacks."""
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+CRASH_FILE, EXIT_FILE = "crash.log", "exit.json"
+"""Beside TORCHELASTIC_ERROR_FILE."""
+_FIRST_FD = 400
+"""Above the numbers that a program would get anyhow."""
 
 
 class _LogFile(io.FileIO):
@@ -170,22 +176,58 @@ def run(
     modules_file: where the names of imported modules go when the program ends or has made its first step. caller: the file that calls.
     """
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE", "")
+    pid = os.getpid()  # a child that the program forks unwinds through here too, and is not the rank
     _ours.add(caller)
+    if error_file:
+        _write_stack_of_a_crash(os.path.join(os.path.dirname(error_file), CRASH_FILE))
     try:
         if observer:
             _begin_observer(*observer)
         if modules_file:
             _report_modules_after_a_step(modules_file)
         (_run_module if kind == "module" else _run_script)(target, args)
-    except SystemExit:
+    except SystemExit as error:
+        if error_file and os.getpid() == pid:
+            _note_exit(error, os.path.join(os.path.dirname(error_file), EXIT_FILE))
         raise
     except BaseException as error:
-        _record(error, error_file)
+        if os.getpid() == pid:
+            _record(error, error_file)
         _hide_us_from_the_hook()
         raise
     finally:
         if modules_file:
             _report_modules(modules_file)
+
+
+def _note_exit(error: SystemExit, path: str) -> None:
+    """Where the program's own code called `sys.exit`; best effort."""
+    if error.code in (None, 0):
+        return
+    with contextlib.suppress(Exception):
+        where = ""
+        tb = _without(error.__traceback__, *_ours, "<frozen runpy>")
+        while tb is not None:
+            name = tb.tb_frame.f_code.co_filename
+            if not name.startswith((sys.prefix, sys.base_prefix, "<frozen")):
+                shown = os.path.relpath(name) if name.startswith(os.path.join(os.getcwd(), "")) else name
+                where = f"{shown}:{tb.tb_lineno} in {tb.tb_frame.f_code.co_name}"
+            tb = tb.tb_next
+        with open(path, "w") as file:
+            json.dump({"code": repr(error.code)[:1000], "where": where}, file)
+
+
+def _write_stack_of_a_crash(path: str) -> None:
+    """A segmentation fault says nothing by itself: the Python stack goes into a file of ours, unless the user has faulthandler on."""
+    if faulthandler.is_enabled():
+        return
+    with contextlib.suppress(OSError, ValueError, RuntimeError):
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        try:
+            high_fd = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _FIRST_FD)
+        finally:
+            os.close(fd)
+        faulthandler.enable(file=high_fd, all_threads=True)
 
 
 def _report_modules(path: str) -> None:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from launcher.journal import Entry, read_journal
 
@@ -139,7 +140,7 @@ class Launched:
         ]
 
 
-def launch(directory: Path, script: str, *options: str, args: Sequence[str] = (), **more: dict[str, str]) -> Launched:
+def launch(directory: Path, script: str, *options: str, args: Sequence[str] = (), **more: Any) -> Launched:
     """Writes `script` to train.py there and launches it."""
     (directory / "train.py").write_text(script)
     return Launched(directory, *options, "train.py", *args, **more)

@@ -11,7 +11,8 @@ import pytest
 from launcher.gang.events import ExceptionRecord, ExitStatus, NodeLost, RankExited
 from launcher.gang.world import NodeInfo, World
 from launcher.messages import collateral_report, failure_report
-from launcher.node.failure import last_lines, read_exception
+from launcher.node.failure import Left, Traces, last_lines, read_exception, what_was_left
+from launcher.node.memory_kills import MemoryKills
 
 WORLD = World((NodeInfo("a", "hosta", "10.0.0.1", 4),))
 
@@ -40,6 +41,51 @@ def test_the_last_lines_are_the_last_that_hold_anything(tmp_path: Path) -> None:
     path.write_bytes(b"x" * 10_000 + b"\nfirst\n\n  \nsecond \xff\n\n")
     assert last_lines(str(path), 2) == "first\nsecond \ufffd"
     assert last_lines(str(tmp_path / "none")) == ""
+
+
+CRASH = """Fatal Python error: Segmentation fault
+
+Thread 0x01 (most recent call first):
+  File "/usr/lib/threading.py", line 1 in wait
+
+Current thread 0x02 (most recent call first):
+  File "/usr/lib/ctypes/__init__.py", line 519 in string_at
+  File "/job/train.py", line 11 in load
+"""
+
+
+def left(tmp_path: Path, status: ExitStatus, **files: str) -> Left:
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    traces = Traces(*(str(tmp_path / name) for name in ("error", "exit", "crash", "stderr")))
+    return what_was_left(status, traces, 1, MemoryKills(str(tmp_path)))
+
+
+def test_a_crash_is_told_by_the_stack_of_the_thread_that_crashed(tmp_path: Path) -> None:
+    found = left(tmp_path, ExitStatus(signum=11), crash=CRASH)
+    assert found.cause == "in native code, called at /usr/lib/ctypes/__init__.py:519 in string_at"
+    assert found.words.splitlines()[0].startswith("Current thread")
+    assert "train.py" in found.words
+    assert "threading.py" not in found.words
+
+
+@pytest.mark.parametrize(
+    ("said", "cause"),
+    [
+        ("terminate called after throwing an instance of 'E'\n  what():  sizes differ\n", "sizes differ"),
+        ("python: x.c:3: f: Assertion `n > 0' failed.\n", "python: x.c:3: f: Assertion `n > 0' failed."),
+        ("free(): invalid pointer\n", "free(): invalid pointer"),
+        ("*** stack smashing detected ***: terminated\n", "*** stack smashing detected ***: terminated"),
+    ],
+)
+def test_an_abort_is_told_in_the_words_of_whoever_aborted(tmp_path: Path, said: str, cause: str) -> None:
+    assert left(tmp_path, ExitStatus(signum=6), stderr=said).cause == cause
+
+
+def test_a_refusal_of_an_argument_parser_is_told_in_its_words(tmp_path: Path) -> None:
+    said = "usage: train.py [-h]\ntrain.py: error: unrecognized arguments: --foo\n"
+    found = left(tmp_path, ExitStatus(code=2), stderr=said, exit='{"code": "2", "where": "train.py:5 in main"}')
+    assert found.cause == "train.py: error: unrecognized arguments: --foo; sys.exit(2) at train.py:5 in main"
 
 
 def failed(rank: int, at_s: float, message: str = "it broke") -> RankExited:

@@ -17,11 +17,12 @@ from tests.launcher.launched import Launched, launch
     ("script", "exit_code", "cause"),
     [
         ("pass", 0, ""),
-        ("import sys; sys.exit(7)", 7, "exit code 7"),
-        ("import sys; sys.exit('no data')", 1, "exit code 1"),
+        ("import sys; sys.exit(7)", 7, "exit code 7: sys.exit(7) at train.py:3 in <module>"),
+        ("import sys; sys.exit('no data')", 1, "exit code 1: sys.exit('no data') at train.py:3 in <module>"),
+        ("os._exit(4)", 4, "exit code 4: no exception and no sys.exit: os._exit, or a library that ended the process"),
         ("raise ValueError('it broke')", 1, "ValueError: it broke (exit code 1)"),
-        ("import os; os.abort()", 134, "signal 6 (SIGABRT)"),
-        ("import os; os.kill(os.getpid(), 9)", 137, "signal 9 (SIGKILL)"),
+        ("import os; os.abort()", 134, "signal 6 (SIGABRT): in native code, called at {path}:3 in <module>"),
+        ("os.kill(os.getpid(), 10)", 138, "signal 10 (SIGUSR1)"),
     ],
 )
 def test_the_exit_code_says_how_the_rank_ended(tmp_path: Path, script: str, exit_code: int, cause: str) -> None:
@@ -35,7 +36,10 @@ def test_the_exit_code_says_how_the_rank_ended(tmp_path: Path, script: str, exit
     if exit_code:
         first = err.splitlines()[1]
         log = launched.run_dir.resolve() / "attempt_0" / "rank_1" / "stderr.log"
-        assert first == f"launcher: rank 1 on {os.uname().nodename} failed: {cause}; log {log}"
+        assert (
+            first
+            == f"launcher: rank 1 on {os.uname().nodename} failed: {cause.format(path=tmp_path / 'train.py')}; log {log}"
+        )
 
 
 def test_the_last_words_of_a_rank_without_exception_are_shown(tmp_path: Path) -> None:
@@ -44,6 +48,27 @@ def test_the_last_words_of_a_rank_without_exception_are_shown(tmp_path: Path) ->
         code, _, err = launched.finish()
     assert code == 4
     assert err.splitlines()[2] == "  assertion failed in kernel"
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        (
+            "import threading\nt = threading.Thread(target=lambda: 1 / 0, name='helper')\nt.start(); t.join()",
+            "ZeroDivisionError: division by zero, in thread helper",
+        ),
+        ("import atexit\natexit.register(lambda: 1 / 0)", "ZeroDivisionError: division by zero, in an atexit callback"),
+    ],
+)
+def test_an_exception_in_a_thread_that_ends_nothing_is_said_all_the_same(
+    tmp_path: Path, script: str, words: str
+) -> None:
+    """The exit code stays 0, as under Python; the log of a rank that did well is read by nobody."""
+    with launch(tmp_path, script, "--nproc-per-node", "2", "--show-ranks", "none") as launched:
+        code, _, err = launched.finish()
+    assert code == 0, err
+    (line,) = [line for line in err.splitlines() if "ZeroDivisionError" in line]
+    assert f"ended with exit code 0 all the same: {words}; log " in line
 
 
 @pytest.mark.parametrize(

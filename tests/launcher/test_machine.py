@@ -352,6 +352,48 @@ def test_the_root_cause_is_the_earliest_exception_not_the_first_to_be_told() -> 
     assert scene.only(Finish).exit_code == 4  # type: ignore[attr-defined]
 
 
+LOST_PEER = ExceptionRecord("RuntimeError", "[/w/gloo/pair.cc:1] Connection closed by peer", "…", at_s=50.0)
+
+
+def test_the_loss_of_a_peer_is_held_back_until_what_the_peer_died_of_is_known() -> None:
+    """gloo's complaint is quicker than the news of the crash, and must not be the first line on the terminal."""
+    scene = Scene()
+    plan = scene.run()
+    actions = scene.feed(rank_exited(plan, 0, ExitStatus(code=1), at_s=50.0, exception=LOST_PEER))
+    assert not any(isinstance(action, ReportFailure) for action in actions)
+    assert any(isinstance(action, StopAttempt) for action in actions), "the others are stopped at once all the same"
+    scene.feed(rank_exited(plan, 2, ExitStatus(signum=SIGTERM), at_s=50.1))
+    (report,) = scene.feed(rank_exited(plan, 3, ExitStatus(signum=11), at_s=50.2))
+    assert isinstance(report, ReportFailure)
+    assert report.failure.rank == 3  # type: ignore[union-attr]
+    scene.end_attempt()
+    collateral = scene.only(ReportCollateral)
+    assert (collateral.root.rank, collateral.is_new_root) == (3, False)  # type: ignore[attr-defined]
+    assert scene.only(Finish).exit_code == 139  # type: ignore[attr-defined]
+
+
+def test_the_loss_of_a_peer_is_told_after_a_second_if_nothing_else_comes() -> None:
+    scene = Scene()
+    plan = scene.run()
+    scene.feed(rank_exited(plan, 3, ExitStatus(code=0)))
+    scene.feed(rank_exited(plan, 0, ExitStatus(code=1), at_s=50.0, exception=LOST_PEER))
+    due_s = machine.deadline_s(scene.state)
+    assert due_s == scene.now + machine.REPORT_PATIENCE_S
+    scene.now = due_s
+    (report,) = scene.feed(Tick())
+    assert isinstance(report, ReportFailure)
+    assert report.failure.cause == "rank 3 had ended with exit code 0 before that"  # type: ignore[union-attr]
+    assert machine.deadline_s(scene.state) > due_s + 1  # type: ignore[operator]
+
+
+def test_the_loss_of_a_peer_is_told_at_once_when_nothing_else_can_come() -> None:
+    scene = Scene()
+    plan = scene.run()
+    scene.feed(rank_exited(plan, 0, ExitStatus(code=1), at_s=50.0, exception=LOST_PEER))
+    scene.end_attempt()
+    assert scene.only(ReportFailure).failure.rank == 0  # type: ignore[attr-defined]
+
+
 def test_a_rank_that_we_stopped_is_never_the_root_cause_even_if_its_clock_is_behind() -> None:
     scene = Scene()
     plan = scene.run()
