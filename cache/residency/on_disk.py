@@ -55,7 +55,7 @@ def extent_failed(s: State, event: m.ExtentFailed) -> None:
     if extent.needs_table:
         # A file from before this daemon that cannot be read: forget it, and fetch what is waited for.
         s.evict(extent)
-        s.demand.update((key, None) for key in keys if s.waiting.is_wanted(key))
+        s.demand.update(key for key in keys if s.waiting.is_wanted(key))
         return
     s.patience.failed(keys, event.error, s.now)  # cools down: not fetched ahead again at once
     for key in keys:
@@ -69,12 +69,9 @@ def _open(s: State, extent: Extent) -> None:
     s.opening.discard(extent.key)
     s.publish(extent.owner.word_of_extent(extent.key.extent_idx), extent.generation)
     for block in reversed(extent.backlog):
-        key = (extent.key.content_id, block)
-        queue = s.demand if s.waiting.is_wanted(key) else s.hints
-        queue[key] = None
         # First in line: behind others' blocks this file could go for one of theirs before it got anything, and that one for it, without
         # end.
-        queue.move_to_end(key, last=False)
+        s.queue((extent.key.content_id, block), first=True)
     extent.backlog.clear()
     s.lookahead.offer_again(extent.key)
 
@@ -127,8 +124,7 @@ def blocks_failed(s: State, event: m.BlocksFailed) -> None:
         return
     s.counters.retries += 1
     for key in keys:
-        queue = s.demand if s.waiting.is_wanted(key) else s.hints
-        queue[key] = None
+        s.queue(key)
 
 
 def _not_lent(s: State, keys: list[BlockKey], error: PeerError) -> None:
@@ -138,9 +134,7 @@ def _not_lent(s: State, keys: list[BlockKey], error: PeerError) -> None:
     for key in keys:
         if error.reason not in OUT_OF_USE:
             s.from_origin.add(key)
-        queue = s.demand if s.waiting.is_wanted(key) else s.hints
-        queue[key] = None
-        queue.move_to_end(key, last=False)
+        s.queue(key, first=True)
 
 
 def blocks_checked(s: State, event: m.BlocksChecked) -> None:
@@ -170,7 +164,7 @@ def _block_checked(s: State, extent: Extent, block: int, is_sound: bool) -> None
         key = (extent.key.content_id, block)
         s.waiting.lost(key)
         if s.waiting.is_wanted(key):
-            s.demand[key] = None
+            s.demand.add(key)
     for check, answer in s.waiting.checked(extent.key, extent.generation, block, is_sound):
         s.check_ended(check)
         s.actions.append(answer)
@@ -263,4 +257,4 @@ def _lost(s: State, extent: Extent, keys: list[BlockKey]) -> None:
     wanted = [k for k in ((extent.key.content_id, b) for b in extent.block_indices) if s.waiting.is_wanted(k)]
     s.counters.lost_extents += 1
     s.evict(extent)
-    s.demand.update((k, None) for k in wanted)
+    s.demand.update(wanted)

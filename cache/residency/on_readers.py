@@ -47,7 +47,7 @@ def blocks_wanted(s: State, event: m.BlocksWanted) -> None:
             s.from_origin.add(key)
         want.cause = max(want.cause, _cause(s, key, state, extent), key=_CAUSES.index)
         if not state.is_busy:
-            s.demand[key] = None
+            s.demand.add(key)
             s.hints.pop(key, None)
     if extent is not None:
         extent.last_use_s = s.now

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from itertools import islice
 
@@ -23,14 +24,14 @@ def pump(s: State) -> None:
         s.actions.append(m.ProbeDisk())
     if s.budget.is_exceeded:
         _shrink(s)
-    for key in list(s.demand):
+    for key in _startable(s):
         if s.in_flight >= s.limits.max_in_flight and key not in s.from_origin:
             # What others wait for goes on all the same: two nodes full of requests to each other would never end.
             continue
         if key not in s.demand or s.patience.must_wait(key) or not _has_room(s, key, is_demand=True):
             continue  # Not there any more: a run that began before it brings it.
         if _start_demand(s, key):
-            s.demand.pop(key, None)
+            s.demand.discard(key)
             s.room_deadline_s.pop(key, None)
     while s.check_queue and s.in_flight < s.limits.max_in_flight:
         _start_asked_check(s, s.check_queue.popleft())
@@ -40,6 +41,16 @@ def pump(s: State) -> None:
         if not _start_prefetch(s):
             # Looking again costs a look at every extent, so it waits for an event that can change the answer.
             s.prefetch_is_stuck = True
+
+
+def _startable(s: State) -> Iterator[BlockKey]:
+    """What readers wait for, without the extents of which no block could be started now."""
+    for extent in s.demand.extents():
+        for key in s.demand.of(extent):
+            # Whether there is room is the same for all blocks of an extent, but for those that do not come from its owner.
+            if not s.from_origin and (s.in_flight >= s.limits.max_in_flight or not _has_room(s, key, is_demand=True)):
+                break
+            yield key
 
 
 def _start_demand(s: State, key: BlockKey) -> bool:
@@ -153,7 +164,7 @@ def _start_run(s: State, extent: Extent, block: int, size: int, own_end: int, *,
     run = run_around(block, size, own_end, may_come)
     for neighbour in run:
         s.hints.pop((content_id, neighbour), None)
-        if s.demand.pop((content_id, neighbour), 0) is None:
+        if s.demand.discard((content_id, neighbour)):
             s.room_deadline_s.pop((content_id, neighbour), None)
     if state is BlockState.UNVERIFIED:
         _start_check(s, extent, run)

@@ -15,6 +15,7 @@ from cache.errors import CacheError, CapacityError
 from cache.order.lookahead import Lookahead
 from cache.residency import messages as m
 from cache.residency.budget import INDEX_BYTES_PER_EXTENT, Budget
+from cache.residency.demand import Demand
 from cache.residency.health import DiskHealth
 from cache.residency.origins import Origins
 from cache.residency.patience import Patience
@@ -88,9 +89,10 @@ class State:
         self.borrowing: set[BlockKey] = set()
         """Blocks that another node is being asked for just now."""
         self.waiting = Waiting()
-        self.demand: OrderedDict[BlockKey, None] = OrderedDict()
+        self.demand = Demand()
         self.room_deadline_s: dict[BlockKey, float] = {}
         self.hints: OrderedDict[BlockKey, None] = OrderedDict()
+        """Blocks that somebody will probably read."""
         self.opening: set[ExtentId] = set()
         self.check_queue: deque[BlockKey] = deque()
         self.suspects: set[BlockKey] = set()
@@ -105,6 +107,15 @@ class State:
         self.num_evictions = 0
         self.now = 0.0
         self.actions: list[m.Action] = []
+
+    def queue(self, key: BlockKey, *, first: bool = False) -> None:
+        """The block is to come: demanded if somebody waits for it, else when there is room. `first`: before all others."""
+        if self.waiting.is_wanted(key):
+            self.demand.add_first(key) if first else self.demand.add(key)
+            return
+        self.hints[key] = None
+        if first:
+            self.hints.move_to_end(key, last=False)
 
     def over(self, extent: Extent, blocks: range) -> None:
         """A fetch of these blocks is over, however it went."""
@@ -138,7 +149,7 @@ class State:
     def make_readable(self, extent: Extent, block: int) -> None:
         self.publish(extent.owner.word_of_block(block), extent.generation)
         key = (extent.key.content_id, block)
-        self.demand.pop(key, None)
+        self.demand.discard(key)
         self.from_origin.discard(key)
         for want, answer in self.waiting.arrived(key, extent.generation):
             self.ended(want)
@@ -154,7 +165,7 @@ class State:
         """Everybody who waits for this block is told."""
         self.patience.forget(key)
         self.hints.pop(key, None)
-        self.demand.pop(key, None)
+        self.demand.discard(key)
         self.from_origin.discard(key)
         self.room_deadline_s.pop(key, None)
         for want, answer in self.waiting.failed(key, error):
@@ -180,7 +191,7 @@ class State:
         for block in want.missing:
             key = (want.event.content_id, block)
             if not self.waiting.is_wanted(key):
-                self.demand.pop(key, None)
+                self.demand.discard(key)
                 self.from_origin.discard(key)
                 self.room_deadline_s.pop(key, None)
 
