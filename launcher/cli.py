@@ -47,10 +47,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 KUBERNETES_COMMANDS = ("render", "submit", "status", "logs", "stop", "list")
-"""First words that mean Kubernetes; a script of such a name is run as ./render."""
+"""First words that mean Kubernetes; a script of such a name is run as ./render. `status` is about runs of this launcher, too."""
+RUN_COMMANDS = ("status", "report")
+"""First words that ask about a run."""
 
 
 def _run(argv: list[str]) -> int:
+    if argv and argv[0] in RUN_COMMANDS:
+        from launcher.report import commands
+
+        if argv[0] == "report":
+            return commands.report(argv[1:])
+        if not commands.means_kubernetes(argv[1:]):
+            return commands.status(argv[1:])
     if argv and argv[0] in KUBERNETES_COMMANDS:
         from launcher.k8s.commands import COMMANDS
 

@@ -52,6 +52,7 @@ from launcher.gang.masking import masked_args
 from launcher.gang.observations import NodeProgress
 from launcher.gang.world import World
 from launcher.journal import FileJournal, JobBegan, JobEnded
+from launcher.noting import ProgressNotes
 from launcher.spec import JobSpec
 
 
@@ -148,6 +149,7 @@ class Controller:
         self._output_ended: set[tuple[int, str]] = set()
         self._num_attempts = 0
         self._checkup = Checkup(spec, run_dir, self.events.put)
+        self._notes = ProgressNotes()
         self._exclusions = exclusions or ExclusionFile(NOWHERE, clock.wall_s)
 
     def run(self) -> int:
@@ -177,7 +179,9 @@ class Controller:
                 self._output_ended.add((event.attempt, event.node_id))
                 continue
             if isinstance(event, NodeProgress):
-                continue  # every second, so not for the journal
+                self._notes.see(event)  # every second, so the journal gets less of it
+                self._note_progress()
+                continue
             self._journal.record(event)
             if isinstance(event, FabricSurveyed):
                 self._checkup.surveyed(event)
@@ -197,6 +201,11 @@ class Controller:
             self._state, actions = machine.step(self._state, event, self._clock.monotonic_s())
             self._perform(actions, world)
         return self._state
+
+    def _note_progress(self, *, is_last: bool = False) -> None:
+        progress = self._notes.progress
+        if progress is not None and (self._notes.is_due(progress, self._clock.monotonic_s()) or is_last):
+            self._journal.record(progress)
 
     def _next_event(self) -> Event | OutputEnded:
         deadline_s = machine.deadline_s(self._state)
@@ -226,6 +235,8 @@ class Controller:
             ) from error
 
     def _perform(self, actions: Sequence[Action], world: World | None = None) -> None:
+        if any(isinstance(action, StopAttempt) for action in actions):
+            self._note_progress(is_last=True)
         for action in actions:
             self._journal.record(action)
             match action:
@@ -238,7 +249,9 @@ class Controller:
                     for node_id in plan.world.node_ids():
                         self._cluster.node(node_id).start_ranks(plan)
                     self._checkup.started(plan.world)
+                    self._notes.begin(plan.attempt, plan.world, self._clock.monotonic_s())
                 case StopAttempt(attempt, node_id, grace_s, signum, can_save):
+                    self._notes.stop()
                     self._cluster.node(node_id).stop_attempt(attempt, grace_s, signum, can_save)
                 case Announce(text=text):
                     self._console.say(text)

@@ -54,10 +54,18 @@ class Entry:
 class FileJournal:
     """Appends to one file. Any thread may call `record`: a line is one write to a file opened for appending.
 
-    on_trouble is called once, with a sentence, when writing fails; later lines are tried again (the disk may get room).
+    on_trouble is called once, with a sentence, when writing fails; later lines are tried again (the disk may get room). on_entry is called
+    with each entry, written or not, as a reader would find it.
     """
 
-    def __init__(self, path: str, clock: Clock, on_trouble: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        path: str,
+        clock: Clock,
+        on_trouble: Callable[[str], None],
+        on_entry: Callable[[Entry], None] | None = None,
+    ) -> None:
+        self._on_entry = on_entry
         self._path = path
         self._clock = clock
         self._on_trouble = on_trouble
@@ -70,16 +78,14 @@ class FileJournal:
             self._complain(error)
 
     def record(self, entry: object) -> None:
+        fields = to_json(entry)
+        kind, wall_s = type(entry).__name__, round(self._clock.wall_s(), 6)
+        mono_s = round(self._clock.monotonic_s(), 6)
+        if self._on_entry is not None:
+            self._on_entry(Entry(kind, wall_s, mono_s, fields))
         if self._fd < 0:
             return
-        fields = to_json(entry)
-        line = {
-            "v": SCHEMA_VERSION,
-            "wall_s": round(self._clock.wall_s(), 6),
-            "mono_s": round(self._clock.monotonic_s(), 6),
-            "kind": type(entry).__name__,
-            **fields,
-        }
+        line = {"v": SCHEMA_VERSION, "wall_s": wall_s, "mono_s": mono_s, "kind": kind, **fields}
         data = json.dumps(line, ensure_ascii=True, allow_nan=False).encode() + b"\n"
         if self._is_torn:
             data = b"\n" + data  # so that only the line that the full disk cut is lost
@@ -135,10 +141,20 @@ def read_journal(path: str) -> Iterator[Entry]:
     """The entries in order. A torn line (a killed writer, a full disk) and a line of a newer schema are left out."""
     with open(path, "rb") as file:
         for line in file:
-            try:
-                data = json.loads(line)
-                if data.pop("v") > SCHEMA_VERSION:
-                    continue
-                yield Entry(data.pop("kind"), data.pop("wall_s"), data.pop("mono_s"), data)
-            except (ValueError, KeyError, TypeError, AttributeError):
-                continue
+            entry = parse_line(line)
+            if entry is not None:
+                yield entry
+
+
+def parse_line(line: bytes) -> Entry | None:
+    """One line of a journal; None if it cannot be understood, whatever it holds."""
+    try:
+        data = json.loads(line)
+        if data.pop("v") > SCHEMA_VERSION:
+            return None
+        entry = Entry(data.pop("kind"), data.pop("wall_s"), data.pop("mono_s"), data)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    times = (entry.wall_s, entry.mono_s)
+    is_whole = isinstance(entry.kind, str) and all(type(each) in (int, float) and abs(each) < 1e15 for each in times)
+    return entry if is_whole else None

@@ -17,6 +17,8 @@ torchrun's flags, in both spellings (--nproc-per-node, --nproc_per_node), and wh
 """
 
 _TAIL = """\
+About a run: python -m launcher status | report, each with --help.
+
 On Kubernetes: python -m launcher render | submit | status | logs | stop | list, each with --help.
 
 Every flag can be given as a variable PET_<NAME>, like PET_NNODES=2; the command line wins.

@@ -1,0 +1,54 @@
+"""How fast an attempt goes and when the job will be done. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from launcher.report.record import Attempt, Point
+
+_WINDOW_S = 60.0
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Over the last minute of an attempt, or of what there is of it."""
+
+    step: int | None
+    """Of the job: steps before this attempt included, where the script says so."""
+    total_steps: int | None
+    steps_per_s: float | None
+    samples_per_s: float | None
+    wait_share: float | None
+    """Of 1: time that ranks waited for data."""
+    left_s: float | None
+    """To the last step; None: unknown."""
+
+
+def pace(attempt: Attempt, latest: Point | None = None, window_s: float = _WINDOW_S) -> Pace | None:
+    """`latest`: a point that is newer than what was noted. None: nothing is known of its steps."""
+    points = [point for point in (*attempt.points, *((latest,) if latest else ())) if point.steps]
+    return _pace(points, window_s) if points else None
+
+
+def whole_pace(attempt: Attempt) -> Pace | None:
+    """Over all of the attempt."""
+    return pace(attempt, window_s=float("inf"))
+
+
+def _pace(points: Sequence[Point], window_s: float) -> Pace:
+    last = points[-1]
+    first = next(point for point in points if last.at_s - point.at_s <= window_s)
+    num, took_s = (last.steps or 0) - (first.steps or 0), last.step_at_s - first.step_at_s
+    steps_per_s = samples_per_s = share = left_s = None
+    if num > 0 and took_s > 0:
+        steps_per_s = num / took_s
+        share = min(1.0, max(0.0, last.waited_s - first.waited_s) / took_s)
+        if last.samples is not None and first.samples is not None:
+            samples_per_s = max(0, last.samples - first.samples) / took_s
+    elif last.step_s:
+        steps_per_s = 1 / last.step_s
+    step = last.done_steps + (last.steps or 0)
+    if steps_per_s and last.total_steps is not None:
+        left_s = max(0, last.total_steps - step) / steps_per_s
+    return Pace(step, last.total_steps, steps_per_s, samples_per_s, share, left_s)
