@@ -10,7 +10,11 @@ import click
 @click.command()
 @click.argument("urls", nargs=-1, required=True, metavar="URL...")
 @click.option(
-    "--format", "format_name", default="tar", show_default=True, help="The one format without an index of its own."
+    "--format",
+    "format_name",
+    default="tar",
+    show_default=True,
+    help="tar, mds or parquet (whose own indices are spread over their shards).",
 )
 @click.option(
     "--socket",

@@ -20,14 +20,16 @@ from torch.utils.data import Dataset
 
 from cache.client.client import Cache
 from cache.client.formats.index import Ints, SampleIndex
-from cache.client.formats.ports import ListedFormat, ShardFormat
+from cache.client.formats.ports import Unit, ValueFormat
 from cache.client.formats.tokens import TokenFormat
 from cache.client.handles import OpenShards
-from cache.client.indexing import build_index
+from cache.client.indexing import AnyFormat, build_index
+from cache.client.units import DEFAULT_MAX_BYTES, Units
+from cache.errors import FormatError
 
 RawSample = dict[str, Any]
-"""What `decode` is given: each member's bytes under its extension ("png", "cls"), and `__key__`, `__url__`,
-`__index__`."""
+"""What `decode` is given: each member's bytes under its extension ("png", "cls"), or each column's value under its name (MDS,
+Parquet), and `__key__`, `__url__`, `__index__`."""
 
 Decode = Callable[[RawSample], Any]
 
@@ -39,25 +41,30 @@ class FileBytes(Protocol):
 class ShardDataset(Dataset[Any]):
     """The samples of all shards below some urls, numbered from 0 in the order of the shards.
 
-    `urls`: a prefix, an object, or several. `shard_format`: TarFormat(), RawFormat(), TokenFormat(seq_len).
-    `decode`: bytes to what the model eats; without one, samples are dictionaries of bytes. It must be picklable for
-    spawned workers. Building one reads the headers of all shards. Raises FormatError, ObjectNotFound and the origin's
-    errors.
+    `urls`: a prefix, an object, or several. `shard_format`: TarFormat(), MdsFormat(), ParquetFormat(), RawFormat(),
+    TokenFormat(seq_len). `decode`: what is stored to what the model eats; without one, samples are dictionaries. It must be
+    picklable for spawned workers. `unpacked_bytes`: room in each process's memory for what can only be unpacked together (row
+    groups of Parquet, compressed MDS shards). Building one reads the headers of all shards. Raises FormatError, ObjectNotFound
+    and the origin's errors.
     """
 
     def __init__(
         self,
         cache: Cache,
         urls: str | Sequence[str],
-        shard_format: ShardFormat | ListedFormat,
+        shard_format: AnyFormat,
         decode: Decode | None = None,
+        *,
+        unpacked_bytes: int = DEFAULT_MAX_BYTES,
     ) -> None:
         report = build_index(cache, urls, shard_format)
         self.cache = cache
         self.index: SampleIndex = report.index
         self.decode = decode
         self.resident_bytes_at_open = report.resident_bytes
-        self._shards = OpenShards(cache)
+        self._values: ValueFormat | None = shard_format if isinstance(shard_format, ValueFormat) else None
+        self._unpacked_bytes = unpacked_bytes
+        self._begin()
 
     def __len__(self) -> int:
         return len(self.index)
@@ -86,8 +93,8 @@ class ShardDataset(Dataset[Any]):
 
     @property
     def shard_sizes(self) -> tuple[int, ...]:
-        """Samples in each shard."""
-        return self.index.shard_sizes
+        """Samples in each part that is fetched together, which a bounded shuffle permutes: a shard, or a row group of Parquet."""
+        return self.index.shard_sizes if self.index.part_sizes is None else self.index.part_sizes
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -105,13 +112,20 @@ class ShardDataset(Dataset[Any]):
         return self.index.visits(samples)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_shards"}
+        return {key: value for key, value in self.__dict__.items() if key not in ("_shards", "_units")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._begin()
+
+    def _begin(self) -> None:
+        """What a process has for itself."""
         self._shards = OpenShards(self.cache)
+        self._units = Units(self._unpacked_bytes)
 
     def _fetch(self, sample: int, shard_idx: int) -> RawSample:
+        if self._values is not None:
+            return self._fetch_values(sample, shard_idx, self._values)
         shard = self.index.shards[shard_idx]
         handle = self._shards.get(shard)
         spans = [(start, handle.read(start, length)) for start, length in self.index.spans(sample)]
@@ -126,7 +140,38 @@ class ShardDataset(Dataset[Any]):
             raw["cls"] = str(self.index.class_ids[sample]).encode()
         return raw
 
+    def _fetch_values(self, sample: int, shard_idx: int, values: ValueFormat) -> RawSample:
+        shard = self.index.shards[shard_idx]
+        extension, offset, length = self.index.members(sample)[0]
+        try:
+            if values.is_unit(extension):
+                unit_idx = int(self.index.unit_of(np.array([sample]))[0])
+
+                def unpack() -> Unit:
+                    unit = values.open_unit(self._shards.get(shard), extension, offset, length)
+                    if unit.num_samples != self.index.unit_size(unit_idx):
+                        raise ValueError(f"{unit.num_samples} samples instead of {self.index.unit_size(unit_idx)}")
+                    return unit
+
+                unit = self._units.get((shard_idx, unit_idx), unpack)
+                columns = unit.sample(sample - self.index.first_sample_of(unit_idx))
+            else:
+                columns = values.unpack(extension, self._shards.get(shard).read(offset, length))
+        except ValueError as error:
+            key = self.index.key(sample)
+            raise FormatError(
+                f"{shard.url}: sample {key}: {error} (byte {offset:,})",
+                advice="write or upload this shard again",
+                url=shard.url,
+                offset=offset,
+            ) from error
+        return {**columns, "__key__": self.index.key(sample), "__url__": shard.url, "__index__": sample}
+
     def _prefetch(self, samples: list[tuple[int, int]]) -> None:
+        if self.index.unit_starts is not None:
+            numbers = np.array([sample for sample, _ in samples], dtype=np.int64)
+            firsts = np.unique(self.index.unit_of(numbers), return_index=True)[1].tolist()
+            samples = [samples[first] for first in firsts]
         for sample, shard_idx in samples:
             handle = self._shards.get(self.index.shards[shard_idx])
             for offset, length in self.index.spans(sample):

@@ -7,14 +7,15 @@ An index is looked for where it costs least: kept on this node by whoever built 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from cache.client.client import Cache
 from cache.client.formats.index import SampleIndex, Shard, ShardIndex, join
 from cache.client.formats.pack import FOLDER, decode_pack, encode_pack, format_identity, pack_key, pack_url
-from cache.client.formats.ports import ListedFormat, ShardFormat
+from cache.client.formats.ports import ListedFormat, ManifestFormat, Readable, ShardFormat
 from cache.client.object import CachedObject
 from cache.errors import CacheError, FormatError, ObjectNotFound
 from cache.origin.ports import ObjectInfo
@@ -41,34 +42,46 @@ class IndexReport:
     """Shards whose headers had to be read: of the others the index was there."""
 
 
-def build_index(cache: Cache, urls: str | Sequence[str], shard_format: ShardFormat | ListedFormat) -> IndexReport:
+AnyFormat = ShardFormat | ManifestFormat | ListedFormat
+
+
+def build_index(cache: Cache, urls: str | Sequence[str], shard_format: AnyFormat) -> IndexReport:
     """The index over all shards below these urls (prefixes or objects), in the order given, each prefix sorted by url.
 
     Each shard is pinned at the etag that was listed: it is read at this generation or not at all. Raises FormatError
     for a malformed shard, ObjectNotFound when there is none, and the origin's errors.
     """
     roots = [urls] if isinstance(urls, str) else list(urls)
-    objects, chosen = _listed(cache, roots, shard_format)
-    resident_bytes = cache.resident_bytes(chosen)
+    listing = _listed(cache, roots, shard_format)
+    resident_bytes = cache.resident_bytes(listing.chosen)
     if isinstance(shard_format, ListedFormat):
-        return IndexReport(shard_format.index_listing(roots[0], chosen), resident_bytes)
-    indices, num_built = _indices(cache, roots, objects, chosen, shard_format)
+        return IndexReport(shard_format.index_listing(roots[0], listing.chosen), resident_bytes)
+    indices, num_built = _indices(cache, roots, listing, shard_format)
     return IndexReport(join(list(indices), list(indices.values())), resident_bytes, num_built)
 
 
 def build_shard_indices(
-    cache: Cache, roots: list[str], shard_format: ShardFormat
+    cache: Cache, roots: list[str], shard_format: ShardFormat | ManifestFormat
 ) -> tuple[dict[Shard, ShardIndex], int]:
     """The index of each shard below these prefixes, and of how many the headers had to be read. Raises as build_index does."""
-    objects, chosen = _listed(cache, roots, shard_format)
-    return _indices(cache, roots, objects, chosen, shard_format)
+    return _indices(cache, roots, _listed(cache, roots, shard_format), shard_format)
 
 
-def _listed(
-    cache: Cache, roots: list[str], shard_format: ShardFormat | ListedFormat
-) -> tuple[dict[str, ObjectInfo], list[ObjectInfo]]:
-    """Everything below the prefixes, and the shards among it."""
+@dataclass(frozen=True)
+class _Listing:
+    objects: dict[str, ObjectInfo]
+    """Everything below the prefixes, by url."""
+    chosen: list[ObjectInfo]
+    """The shards among it."""
+    entries: Mapping[str, Any] = field(default_factory=dict)
+    """What a manifest says of them."""
+
+
+def _listed(cache: Cache, roots: list[str], shard_format: AnyFormat) -> _Listing:
     objects = [(root, info) for root in roots for info in cache.list(root)]
+    by_url = {info.url: info for _, info in objects}
+    if isinstance(shard_format, ManifestFormat):
+        return _manifested(cache, roots, by_url, shard_format)
     # An object that was named is a shard whatever its name; below a prefix, the format chooses.
     chosen = [
         info
@@ -81,40 +94,71 @@ def _listed(
             advice="check the url and the suffix that the format looks for",
             url=roots[0] if roots else "",
         )
-    return {info.url: info for _, info in objects}, chosen
+    return _Listing(by_url, chosen)
+
+
+def _manifested(
+    cache: Cache, roots: list[str], by_url: dict[str, ObjectInfo], shard_format: ManifestFormat
+) -> _Listing:
+    """The shards that the manifests directly below the prefixes name, in the manifests' order."""
+    entries: dict[str, Any] = {}
+    for root in roots:
+        url = f"{canonical_url(root).rstrip('/')}/{shard_format.manifest_name}"
+        info = by_url.get(url)
+        if info is None:
+            deeper = sorted(
+                found for found in by_url if shard_format.accepts(found) and found.startswith(canonical_url(root))
+            )
+            hint = f"name {deeper[0].rpartition('/')[0]}" if deeper else "it is written last; is the upload complete?"
+            raise ObjectNotFound(f"{url}: there is no such manifest of shards", advice=hint, url=url)
+        with cache.open(info.url, etag=info.etag) as opened:
+            entries |= shard_format.read_manifest(info.url, opened.read(0, opened.size), by_url)
+    if not entries:
+        raise ObjectNotFound(f"{', '.join(roots)}: the manifest names no shards", url=roots[0] if roots else "")
+    return _Listing(by_url, [by_url[url] for url in entries], entries)
 
 
 def _indices(
-    cache: Cache,
-    roots: list[str],
-    objects: dict[str, ObjectInfo],
-    chosen: list[ObjectInfo],
-    shard_format: ShardFormat,
+    cache: Cache, roots: list[str], listing: _Listing, shard_format: ShardFormat | ManifestFormat
 ) -> tuple[dict[Shard, ShardIndex], int]:
-    shards = [Shard(info.url, info.etag, info.size_bytes) for info in chosen]
-    known = _Known(cache, roots, objects, shard_format)
+    shards = [Shard(info.url, info.etag, info.size_bytes) for info in listing.chosen]
+    known = _Known(cache, roots, listing.objects, shard_format)
     found = known.look_for(shards)
+    for shard, index in list(found.items()):
+        if listing.entries and listing.entries[shard.url].num_samples != index.num_samples:
+            del found[shard]  # whoever is wrong, reading the shard will tell
     missing = [shard for shard in shards if shard not in found]
     if missing:
         with ThreadPoolExecutor(min(NUM_INDEX_THREADS, len(missing)), thread_name_prefix="railhead-index") as pool:
-            built = pool.map(lambda shard: index_shard(cache, shard, shard_format), missing)
+            built = pool.map(
+                lambda shard: index_shard(cache, shard, shard_format, listing.entries.get(shard.url)), missing
+            )
             found |= dict(zip(missing, built, strict=True))
     indices = {shard: found[shard] for shard in shards}
     known.keep(indices)
     return indices, len(missing)
 
 
-def index_shard(cache: Cache, shard: Shard, shard_format: ShardFormat) -> ShardIndex:
-    """Reads the headers of one shard."""
+def index_shard(
+    cache: Cache, shard: Shard, shard_format: ShardFormat | ManifestFormat, entry: Any = None
+) -> ShardIndex:
+    """Reads the headers of one shard. `entry`: what its manifest says of it."""
     with cache.open(shard.url, etag=shard.etag) as opened:
-        return shard_format.index(_FetchedAhead(opened) if getattr(shard_format, "walks_shards", False) else opened)
+        readable: Readable = _FetchedAhead(opened) if getattr(shard_format, "walks_shards", False) else opened
+        if isinstance(shard_format, ManifestFormat):
+            return shard_format.index_entry(readable, entry)
+        return shard_format.index(readable)
 
 
 class _Known:
     """The indices that are there already, on this node and beside the shards."""
 
     def __init__(
-        self, cache: Cache, roots: list[str], listed: dict[str, ObjectInfo], shard_format: ShardFormat
+        self,
+        cache: Cache,
+        roots: list[str],
+        listed: dict[str, ObjectInfo],
+        shard_format: ShardFormat | ManifestFormat,
     ) -> None:
         self._cache = cache
         self._roots = [canonical_url(root) for root in roots]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from cache.client.client import Cache
 from cache.client.formats.pack import encode_pack, format_identity, pack_url
-from cache.client.formats.ports import ShardFormat
+from cache.client.formats.ports import ManifestFormat, ShardFormat
 from cache.client.indexing import build_shard_indices
 from cache.errors import FormatError
 from cache.origin.registry import close_origins, origin_for
@@ -28,7 +28,7 @@ class Published:
     """Shards whose headers had to be read; of the others the index was there already."""
 
 
-def publish_index(cache: Cache, url: str, shard_format: ShardFormat) -> Published:
+def publish_index(cache: Cache, url: str, shard_format: ShardFormat | ManifestFormat) -> Published:
     """Reads the shards below the prefix `url` and writes their index there, in one object. Raises FormatError, ObjectNotFound and the
     origin's errors, AccessDenied among them where this process may not write."""
     identity = format_identity(shard_format)

@@ -4,6 +4,9 @@ A *sample* has *members* (the files of one key in a tar, a raw file, a window of
 each other are read together: such a piece is a *span*, and spans are also what is announced to the cache. No Python
 object is kept per sample, so that ten million samples cost some hundred MB, and a forked DataLoader worker shares
 them.
+
+Where samples cannot be read one by one (a row group of Parquet, a compressed shard), many of them share one *unit*: members,
+spans and visits are then those of the unit, kept once for all of its samples.
 """
 
 from __future__ import annotations
@@ -38,10 +41,12 @@ class ShardIndex:
     """Each member's name within its sample, as an index into `extensions`."""
     skipped: tuple[tuple[str, str], ...] = ()
     """Entries of the shard that are not part of any sample: (name, reason)."""
+    unit_sizes: Ints | None = None
+    """Samples of each unit, at least one, where samples are stored in units; everything above is then per unit and not per sample."""
 
     @property
     def num_samples(self) -> int:
-        return len(self.member_counts)
+        return len(self.member_counts) if self.unit_sizes is None else int(self.unit_sizes.sum())
 
 
 @dataclass(frozen=True)
@@ -61,13 +66,13 @@ class SampleIndex:
     sample_starts: Ints
     """Shard i holds the samples [sample_starts[i], sample_starts[i + 1])."""
     member_starts: Ints
-    """Sample i has the members [member_starts[i], member_starts[i + 1])."""
+    """Sample (or unit) i has the members [member_starts[i], member_starts[i + 1])."""
     offsets: Ints
     lengths: Ints
     extensions: tuple[str, ...]
     extension_ids: NDArray[np.int32]
     key_starts: Ints
-    """Key of sample i: key_bytes[key_starts[i]:key_starts[i + 1]]; an empty key means the sample's number in its
+    """Key of sample (or unit) i: key_bytes[key_starts[i]:key_starts[i + 1]]; an empty key means the sample's number in its
     shard."""
     key_bytes: bytes
     classes: tuple[str, ...] = ()
@@ -76,14 +81,32 @@ class SampleIndex:
     num_skipped: int = 0
     skipped: tuple[tuple[str, str, str], ...] = ()
     """Some of the entries that belong to no sample: (url, name, reason)."""
+    unit_starts: Ints | None = None
+    """Unit i holds the samples [unit_starts[i], unit_starts[i + 1]); None where every sample is a unit of its own."""
+    part_sizes: tuple[int, ...] | None = None
+    """Samples of each part that is fetched together, for shuffles with a bounded working set: a shard, or a unit where a shard has
+    units. None: the shards."""
 
     def __len__(self) -> int:
-        return len(self.member_starts) - 1
+        return int(self.sample_starts[-1])
 
     @property
     def shard_sizes(self) -> tuple[int, ...]:
         """Samples in each shard."""
         return tuple(np.diff(self.sample_starts).tolist())
+
+    def unit_of(self, samples: Ints) -> Ints:
+        """The unit of each of these samples, as the arrays count them."""
+        if self.unit_starts is None:
+            return samples
+        return np.asarray(np.searchsorted(self.unit_starts, samples, side="right") - 1, dtype=np.int64)
+
+    def first_sample_of(self, unit: int) -> int:
+        return unit if self.unit_starts is None else int(self.unit_starts[unit])
+
+    def unit_size(self, unit: int) -> int:
+        """Samples that are stored together as this unit."""
+        return 1 if self.unit_starts is None else int(self.unit_starts[unit + 1] - self.unit_starts[unit])
 
     @cached_property
     def etags(self) -> dict[str, str]:
@@ -100,14 +123,17 @@ class SampleIndex:
 
     def key(self, sample: int) -> str:
         """The name of a sample within its shard, as it is stored there."""
-        name = self.key_bytes[int(self.key_starts[sample]) : int(self.key_starts[sample + 1])]
-        if name:
+        unit = int(self.unit_of(np.array([sample]))[0])
+        name = self.key_bytes[int(self.key_starts[unit]) : int(self.key_starts[unit + 1])]
+        if name and self.unit_size(unit) == 1:
             return name.decode("utf-8", "surrogateescape")
         shard_idx = int(self.shard_of(np.array([sample]))[0])
         return str(sample - int(self.sample_starts[shard_idx]))
 
     def members(self, sample: int) -> list[tuple[str, int, int]]:
-        """(extension, offset, length) of each member of a sample."""
+        """(extension, offset, length) of each member of a sample; of its unit, where it is stored in one."""
+        if self.unit_starts is not None:
+            sample = int(self.unit_of(np.array([sample]))[0])
         first, end = int(self.member_starts[sample]), int(self.member_starts[sample + 1])
         return [
             (self.extensions[extension], offset, length)
@@ -136,18 +162,26 @@ class SampleIndex:
 
     def spans(self, sample: int) -> list[tuple[int, int]]:
         """(offset, length) of the pieces of the shard that hold a sample."""
+        if self.unit_starts is not None:
+            sample = int(self.unit_of(np.array([sample]))[0])
         starts, offsets, lengths = self._spans
         first, end = int(starts[sample]), int(starts[sample + 1])
         return list(zip(offsets[first:end].tolist(), lengths[first:end].tolist(), strict=True))
 
     def visits(self, samples: Ints) -> tuple[list[tuple[str, int, int]], Ints]:
         """The future in the words of the cache: (url, offset, length) of every span of these samples, in their order,
-        and how many spans each sample has."""
+        and how many spans each sample has. A unit is visited once, by the first of its samples among these: the others find
+        it unpacked."""
         starts, offsets, lengths = self._spans
-        counts = starts[samples + 1] - starts[samples]
+        units = self.unit_of(samples)
+        counts = starts[units + 1] - starts[units]
+        if self.unit_starts is not None:
+            is_first = np.zeros(len(units), dtype=bool)
+            is_first[np.unique(units, return_index=True)[1]] = True
+            counts = np.where(is_first, counts, 0)
         # For every span to be visited, its number: the first of its sample, plus its place among the sample's spans.
         first_visit = np.concatenate([[0], np.cumsum(counts)[:-1]]).astype(np.int64)
-        spans = np.repeat(starts[samples] - first_visit, counts) + np.arange(int(counts.sum()))
+        spans = np.repeat(starts[units] - first_visit, counts) + np.arange(int(counts.sum()))
         shards = np.repeat(self.shard_of(samples), counts)
         urls = [self.shards[shard].url for shard in shards.tolist()]
         return list(zip(urls, offsets[spans].tolist(), lengths[spans].tolist(), strict=True)), counts
@@ -177,6 +211,7 @@ def join(shards: Sequence[Shard], indices: Sequence[ShardIndex]) -> SampleIndex:
         if len(index.extension_ids)
     ]
     skipped = [(shard.url, *entry) for shard, index in zip(shards, indices, strict=True) for entry in index.skipped]
+    has_units = any(index.unit_sizes is not None for index in indices)
     return SampleIndex(
         shards=tuple(shards),
         sample_starts=_starts([np.array([index.num_samples for index in indices], dtype=np.int64)]),
@@ -189,7 +224,19 @@ def join(shards: Sequence[Shard], indices: Sequence[ShardIndex]) -> SampleIndex:
         key_bytes=b"".join(index.key_bytes for index in indices),
         num_skipped=len(skipped),
         skipped=tuple(skipped[:MAX_SKIPPED_KEPT]),
+        unit_starts=_starts([_unit_sizes(index) for index in indices]) if has_units else None,
+        part_sizes=tuple(
+            size
+            for index in indices
+            for size in ([index.num_samples] if index.unit_sizes is None else index.unit_sizes.tolist())
+        )
+        if has_units
+        else None,
     )
+
+
+def _unit_sizes(index: ShardIndex) -> Ints:
+    return np.ones(len(index.member_counts), dtype=np.int64) if index.unit_sizes is None else index.unit_sizes
 
 
 def _concatenate(arrays: Sequence[Ints]) -> Ints:

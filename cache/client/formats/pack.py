@@ -3,8 +3,9 @@
     byte  0    8  magic "RHINDEX1"
     byte  8    4  CRC-32C of everything from byte 16 on
     byte 12    4  length of the header
-    byte 16       header: JSON {format, extensions, shards: [[url, etag, size, samples, members, key bytes]], skipped}
-    then          arrays over all shards, little-endian: member_counts, key_lengths, extension_ids (int32), offsets, lengths (int64); keys
+    byte 16       header: JSON {format, extensions, shards: [[url, etag, size, samples, members, key bytes]], skipped, units}
+    then          arrays over all shards, little-endian: member_counts, key_lengths, extension_ids (int32), offsets, lengths (int64); keys;
+                  sizes of the units (int64), where the header says units: true ("samples" above are units then)
 
 A pack is believed of a shard only where url, etag and size are those of the object that is there now. What does not hold together is a
 FormatError and nothing else: whoever reads packs builds the index anew then. Urls below `root` are stored relative to it, so that a
@@ -66,7 +67,7 @@ def encode_pack(root: str, identity: str, indices: Mapping[Shard, ShardIndex]) -
     skipped = [[shard_idx, *entry] for shard_idx, index in enumerate(indices.values()) for entry in index.skipped][
         :MAX_SKIPPED_KEPT
     ]
-    header = {
+    header: dict[str, Any] = {
         "format": identity,
         "extensions": extensions,
         "shards": [
@@ -74,7 +75,7 @@ def encode_pack(root: str, identity: str, indices: Mapping[Shard, ShardIndex]) -
                 shard.url.removeprefix(below),
                 shard.etag,
                 shard.size_bytes,
-                index.num_samples,
+                len(index.member_counts),
                 len(index.offsets),
                 len(index.key_bytes),
             ]
@@ -82,6 +83,14 @@ def encode_pack(root: str, identity: str, indices: Mapping[Shard, ShardIndex]) -
         ],
         "skipped": skipped,
     }
+    unit_sizes = [index.unit_sizes for index in indices.values() if index.unit_sizes is not None]
+    if unit_sizes:
+        # A shard without units in a data set that has some: every sample is a unit.
+        header["units"] = True
+        unit_sizes = [
+            np.ones(len(index.member_counts), dtype=np.int64) if index.unit_sizes is None else index.unit_sizes
+            for index in indices.values()
+        ]
     columns: list[tuple[NDArray[Any], ...]] = [
         (
             index.member_counts,
@@ -97,7 +106,8 @@ def encode_pack(root: str, identity: str, indices: Mapping[Shard, ShardIndex]) -
         for idx, dtype in enumerate(_DTYPES)
     ]
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=True).encode()
-    body = b"".join([text, *arrays, *(index.key_bytes for index in indices.values())])
+    keys = [index.key_bytes for index in indices.values()]
+    body = b"".join([text, *arrays, *keys, *(sizes.astype("<i8").tobytes() for sizes in unit_sizes)])
     return _PREFIX.pack(MAGIC, crc32c.crc32c(body), len(text)) + body
 
 
@@ -124,8 +134,13 @@ def _unpack(root: str, header: dict[str, Any], data: bytes, at: int) -> dict[Sha
     for count, dtype in zip((num_samples, num_samples, num_members, num_members, num_members), _DTYPES, strict=True):
         arrays.append(np.frombuffer(data, dtype, count, at))
         at += count * dtype.itemsize
-    if len(data) != at + num_key_bytes:
-        raise ValueError(f"{len(data)} bytes instead of {at + num_key_bytes}")
+    has_units = header.get("units", False) is True
+    expected = at + num_key_bytes + (8 * num_samples if has_units else 0)
+    if len(data) != expected:
+        raise ValueError(f"{len(data)} bytes instead of {expected}")
+    unit_sizes = np.frombuffer(data, "<i8", num_samples, at + num_key_bytes) if has_units else None
+    if unit_sizes is not None and unit_sizes.size and not 1 <= int(unit_sizes.min()) <= int(unit_sizes.max()) < 2**40:
+        raise ValueError("a unit of no or of impossibly many samples")
     member_counts, key_lengths, extension_ids, offsets, lengths = arrays
     is_sound = (
         min((int(array.min()) for array in arrays if array.size), default=0) >= 0
@@ -150,12 +165,20 @@ def _unpack(root: str, header: dict[str, Any], data: bytes, at: int) -> dict[Sha
             extensions=extensions,
             extension_ids=extension_ids[member:last_member].astype(np.int32),
             skipped=tuple(skipped.get(shard_idx, ())),
+            unit_sizes=_units(unit_sizes, sample, last_sample),
         )
         _check(index, _count(size))
         shard = Shard(str(url) if "://" in url else f"{root.rstrip('/')}/{url}", str(etag), size)
         found[shard] = index
         sample, member, at = last_sample, last_member, at + key_bytes
     return found
+
+
+def _units(sizes: NDArray[Any] | None, first: int, last: int) -> NDArray[np.int64] | None:
+    """The units of one shard; None where each sample is one, as in a shard without units."""
+    if sizes is None or bool((sizes[first:last] == 1).all()):
+        return None
+    return sizes[first:last].astype(np.int64)
 
 
 def _check(index: ShardIndex, size_bytes: int) -> None:
