@@ -71,7 +71,6 @@ FLAGS: tuple[Flag, ...] = (
     Flag("gpu-resource", POD, "[nvidia.com/gpu]", "NAME"),
     Flag("head-cpus", POD, "[2]", "N", values.cpus),
     Flag("head-memory", POD, "[8Gi]", "SIZE", values.quantity),
-    Flag("spares", POD, "Workers beyond the job's nodes, for the loss of one. [0]", "N", values.whole),
     Flag("image-pull-secrets", POD, "", "NAME,…", values.names),
     Flag("image-pull-policy", POD, "", "Always|IfNotPresent|Never", values.pull_policy),
     Flag("run-as-user", POD, "uid of all containers. [1000; 0 where RDMA must lock memory]", "UID", values.whole),

@@ -48,6 +48,8 @@ _ELSEWHERE = {
     "retries": "max-restarts",
     "timeout": "deadline",
     "cron": "schedule",
+    "spares": "spare-nodes",
+    "spare": "spare-nodes",
 }
 
 

@@ -196,8 +196,8 @@ def _refuse(violations: Sequence[Violation]) -> None:
 def _notes(job: KubeJob) -> list[str]:
     spec, kube = job.spec, job.kube
     notes = []
-    if kube.spares:
-        notes.append(f"{kube.spares} spare worker(s) of {job.max_workers} wait idle with their GPUs")
+    if spec.spare_nodes:
+        notes.append(f"{spec.spare_nodes} spare worker(s) of {job.max_workers} wait idle with their GPUs")
     used = spec.nproc_per_node * (1 if spec.resources.gpus_per_proc is None else spec.resources.gpus_per_proc)
     if kube.gpus > used:
         notes.append(

@@ -138,8 +138,6 @@ class KubeOptions:
     gpu_resource: str = "nvidia.com/gpu"
     head_cpus: float = 2
     head_memory: str = "8Gi"
-    spares: int = 0
-    """Worker pods beyond the job's nodes: after a node's loss training goes on at once on one that is already there."""
     ray_version: str = DEFAULT_RAY_VERSION
     kuberay: str | None = None
     """The operator's release; what it would drop or refuse is then refused here. None: whatever the manifest needs."""
@@ -219,13 +217,13 @@ class KubeJob:
 
     @property
     def num_workers(self) -> int:
-        """Worker pods that are there from the start. With autoscaling the rest come when they are needed."""
+        """Worker pods that are there from the start, the launcher's spare nodes among them. With autoscaling the rest come when they are needed."""
         nodes = self.spec.min_nodes if self.kube.autoscale else self.spec.max_nodes
-        return nodes + self.kube.spares
+        return nodes + self.spec.spare_nodes
 
     @property
     def max_workers(self) -> int:
-        return self.spec.max_nodes + self.kube.spares
+        return self.spec.max_nodes + self.spec.spare_nodes
 
     @property
     def memory_bytes(self) -> int:
@@ -297,7 +295,6 @@ def _check_amounts(kube: KubeOptions) -> None:
         ("gpus", kube.gpus, 0),
         ("cpus", kube.cpus, 0.1),
         ("head-cpus", kube.head_cpus, 0.1),
-        ("spares", kube.spares, 0),
         ("cluster-retries", kube.cluster_retries, 0),
         ("ttl", kube.ttl_s, 0),
         ("deadline", kube.deadline_s if kube.deadline_s is not None else 1, 1),

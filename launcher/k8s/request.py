@@ -190,7 +190,6 @@ _PLAIN = {
     "gpu-resource": "gpu_resource",
     "head-cpus": "head_cpus",
     "head-memory": "head_memory",
-    "spares": "spares",
     "image-pull-secrets": "image_pull_secrets",
     "image-pull-policy": "image_pull_policy",
     "run-as-user": "run_as_user",

@@ -253,7 +253,6 @@ def jobs(draw: st.DrawFn) -> KubeJob:
             gpus=8,
             cpus=draw(st.sampled_from([80.0, 190.0])),
             memory=draw(st.sampled_from(["64Gi", "1Ti"])),
-            spares=draw(st.integers(0, 2)),
             labels=draw(st.sampled_from([{}, {"team": "vision"}])),
             image_pull_secrets=draw(st.sampled_from([(), ("pull",)])),
             priority_class=draw(st.none() | st.just("high")),

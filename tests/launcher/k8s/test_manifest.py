@@ -233,6 +233,20 @@ def test_with_autoscaling_the_range_is_the_jobs_least_and_most() -> None:
     assert "serviceAccountName" not in worker(one)
 
 
+def test_a_spare_node_of_the_launchers_is_one_worker_pod_more_and_no_rank_more() -> None:
+    """One word for both: pods beyond the job's nodes that the launcher did not know of would idle while it waited for a node."""
+    rendered = render(job({"min_nodes": 3, "max_nodes": 4, "spare_nodes": 2}))
+    one = ray_job(rendered)
+    group = one["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]
+    assert (group["minReplicas"], group["replicas"], group["maxReplicas"]) == (6, 6, 6)
+    words = shlex.split(one["spec"]["entrypoint"])
+    assert words[words.index("--nnodes") + 1] == "3:4" and words[words.index("--spare-nodes") + 1] == "2"
+    assert "2 spare worker(s) of 6 wait idle with their GPUs" in rendered.notes
+    growing = ray_job(render(job({"min_nodes": 3, "max_nodes": 4, "spare_nodes": 2}, autoscale=True)))
+    group = growing["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]
+    assert (group["minReplicas"], group["replicas"], group["maxReplicas"]) == (5, 5, 6)
+
+
 def test_a_pod_lives_long_enough_after_sigterm_for_a_checkpoint() -> None:
     one = ray_job(render(job({"shutdown_timeout_s": 300.0})))
     assert worker(one)["terminationGracePeriodSeconds"] == 330

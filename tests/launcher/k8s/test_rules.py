@@ -284,7 +284,7 @@ def test_the_api_servers_word_for_a_field_finds_its_release() -> None:
 
 def test_7_an_edit_neither_changes_a_job_nor_revives_a_refused_one() -> None:
     """KubeRay ignores changes to the cluster of an existing RayJob, and ValidationFailed is final."""
-    old, new = ray_job(render(job())), ray_job(render(job(spares=1)))
+    old, new = ray_job(render(job())), ray_job(render(job({"spare_nodes": 1})))
     changed = check_edit(old, new, HASH_ANNOTATION)
     assert changed is not None and "ignores changes" in changed.message
     refused = check_edit(
