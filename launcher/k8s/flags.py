@@ -122,7 +122,12 @@ FLAGS: tuple[Flag, ...] = (
         "none|before|beside",
         values.one_of(Preload),
     ),
-    Flag("cache-peers", CACHE, "Nodes fetch from each other what one of them has fetched."),
+    Flag(
+        "cache-peers",
+        CACHE,
+        "Nodes fetch from each other what one of them has fetched. [where several workers have a sidecar]",
+    ),
+    Flag("no-cache-peers", CACHE, "Each node fetches for itself."),
     Flag(
         "cache-peer-secret",
         CACHE,

@@ -111,7 +111,7 @@ class CacheSettings:
     """None: the job's image, which has both packages."""
     preload: Preload = Preload.NONE
     peers: bool = False
-    """The sidecars of the job fetch from each other what one of them has fetched."""
+    """The sidecars of the job fetch from each other what one of them has fetched. Flags and job files say so for several workers."""
     peer_secret: str | None = None
     """A Secret with the peers' shared `key`. None: `submit` makes one for the job."""
     peer_tls_secret: str | None = None
@@ -217,7 +217,7 @@ class KubeJob:
 
     @property
     def num_workers(self) -> int:
-        """Worker pods that are there from the start, the launcher's spare nodes among them. With autoscaling the rest come when they are needed."""
+        """Worker pods that are there from the start, the launcher's spare nodes among them. With autoscaling the rest come when needed."""
         nodes = self.spec.min_nodes if self.kube.autoscale else self.spec.max_nodes
         return nodes + self.spec.spare_nodes
 

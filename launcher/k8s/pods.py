@@ -23,6 +23,8 @@ CODE_VOLUME = "code"
 _NO_TOKEN = {"name": "RAY_AUTH_MODE", "value": "disabled"}
 TOKEN_SINCE_RAY, TOKEN_SINCE_KUBERAY = "2.52", "1.5.1"
 
+# At SIGTERM Ray drains its node for 30 s of its own. The hook has done that by then, and told with the pod's own deadline.
+_NO_SECOND_DRAIN = ({"name": "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", "value": "0"},)
 _LEAVE = ("python", "-m", "launcher.k8s.leave")
 
 # Labels and taints by which providers tell nodes that may be taken away.
@@ -182,7 +184,7 @@ def _stop_wait(job: KubeJob) -> dict[str, Any]:
 def _ray_container(
     job: KubeJob, role: str, resources: dict[str, Any], mounts: list[dict[str, Any]], env: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    ours = [{"name": "RAILHEAD_RUNS", "value": RUNS_PATH}, *env]
+    ours = [{"name": "RAILHEAD_RUNS", "value": RUNS_PATH}, *_NO_SECOND_DRAIN, *env]
     if _goes_without_token(job):
         ours.append(_NO_TOKEN)
     theirs = user_env(job)

@@ -162,7 +162,7 @@ def _build(request: Request, environ: Mapping[str, str], read_text: Callable[[st
         gpus=gpus,
         cpus=get("cpus", float(10 * gpus or spec.nproc_per_node * max(1.0, spec.resources.cpus_per_proc or 1.0))),
         memory=get("memory", f"{64 * gpus or 4 * spec.nproc_per_node}Gi"),
-        cache=_cache(request, has_size=capacity is not None),
+        cache=_cache(request, has_size=capacity is not None, is_alone=spec.max_nodes + spec.spare_nodes == 1),
         files=_files(request, read_text),
         env_from_secrets=request.all("env-from-secret"),
         secret_env=request.all("secret-env"),
@@ -243,10 +243,11 @@ def _procs(wish: str, gpus: int, request: Request) -> int:
     return max(1, int(request.get("cpus", 1.0)))
 
 
-def _cache(request: Request, *, has_size: bool) -> CacheSettings:
+def _cache(request: Request, *, has_size: bool, is_alone: bool) -> CacheSettings:
     get, default = request.get, CacheSettings()
+    mode = get("cache", CacheMode.SIDECAR if has_size else CacheMode.NONE)
     return CacheSettings(
-        mode=get("cache", CacheMode.SIDECAR if has_size else CacheMode.NONE),
+        mode=mode,
         volume=get("cache-volume", CacheVolume.EMPTY_DIR),
         storage_class=get("cache-storage-class", None),
         host_path=get("cache-host-path", default.host_path),
@@ -254,10 +255,21 @@ def _cache(request: Request, *, has_size: bool) -> CacheSettings:
         cpus=get("cache-cpus", default.cpus),
         image=get("cache-image", None),
         preload=get("preload", Preload.NONE),
-        peers=request.has("cache-peers"),
+        peers=_has_peers(request, mode, is_alone=is_alone),
         peer_secret=get("cache-peer-secret", None),
         peer_tls_secret=get("cache-peer-tls-secret", None),
     )
+
+
+def _has_peers(request: Request, mode: CacheMode, *, is_alone: bool) -> bool:
+    """Where nothing is said: as soon as there is somebody to share with (docs/decisions/0080-peers-by-default.md)."""
+    if request.has("no-cache-peers"):
+        if request.has("cache-peers"):
+            raise SpecError("--cache-peers and --no-cache-peers contradict each other", advice="keep one of them")
+        return False
+    if request.texts("cache-peers"):
+        return request.has("cache-peers")
+    return mode is CacheMode.SIDECAR and not is_alone
 
 
 def _files(request: Request, read_text: Callable[[str], str]) -> dict[str, str]:

@@ -17,7 +17,7 @@ from launcher.errors import LauncherError, RequestRefused
 from launcher.k8s.admission import advice_if_final, may_not_ask, trial_pods
 from launcher.k8s.client import Kube
 from launcher.k8s.manifest import HASH_ANNOTATION, Rendered
-from launcher.k8s.peers import KEY
+from launcher.k8s.peers import KEY, how_to_make_key
 from launcher.k8s.refusals import ApiRefused, explain
 from launcher.k8s.rules import check_edit
 
@@ -116,6 +116,13 @@ def _make_secret(kube: Kube, one: Mapping[str, Any], *, dry_run: bool = False) -
     try:
         kube.create({**one, "stringData": {KEY: secrets.token_hex(32)}}, dry_run=dry_run)
     except ApiRefused as refusal:
+        if refusal.code == 403 and may_not_ask(refusal):
+            name = one["metadata"]["name"]
+            raise RequestRefused(
+                f"{explain(refusal, 'Secret', name, one['metadata']['namespace']).message}; the caches of this job's nodes share a key",
+                advice=f"have it made ({how_to_make_key(one)}) and give --cache-peer-secret {name}; "
+                "or let each node fetch for itself: --no-cache-peers",
+            ) from refusal
         if refusal.code != 409:
             raise _explained(refusal, one) from refusal
 

@@ -20,6 +20,7 @@ from launcher.cluster.ray.cache_peers import CachePeers
 from launcher.cluster.ray.head import HeadWatch, forget_ray
 from launcher.cluster.ray.keeper import Keeper, Wanted
 from launcher.cluster.ray.lease import Terms
+from launcher.cluster.ray.leaving import Leaving
 from launcher.cluster.ray.lifelines import Lifelines
 from launcher.cluster.ray.remote_node import RemoteNode
 from launcher.errors import RequestRefused
@@ -63,7 +64,7 @@ class RayCluster:
         self._keeper: Keeper | None = None
         self._changed = threading.Condition()
         self._is_asked = True
-        self._told_to_leave: set[str] = set()
+        self._leaving = Leaving()
         self._num_taken = 0
         self._gone: dict[str, RemoteNode] = {}
         self._spec = spec
@@ -230,7 +231,7 @@ class RayCluster:
         )
 
     def _wanted(self) -> Wanted:
-        num_held = sum(node.node.node_id not in self._told_to_leave for node in self._held() if not node.is_over)
+        num_held = sum(node.node.node_id not in self._leaving for node in self._held() if not node.is_over)
         num_wanted = self._spec.max_nodes + self._spec.spare_nodes
         return Wanted(num_wanted - num_held, frozenset(self._ids_held()))
 
@@ -246,10 +247,10 @@ class RayCluster:
         assert self._sink is not None
         for node in self._held():
             node_id = node.node.node_id
-            if ray_id_of(node_id) == ray_id and node_id not in self._told_to_leave and not node.is_over:
-                self._told_to_leave.add(node_id)
+            if ray_id_of(node_id) == ray_id and not node.is_over and self._leaving.tell(node_id):
                 left_s = None if deadline_wall_s is None else max(0.0, deadline_wall_s - time.time())
                 self._sink.put(NodeDraining(node_id, "Ray drains it", left_s, time.time()))
+                self._leaving.announced(node_id)
 
     def _left_out(self, say: bool = False) -> set[str]:
         """Ray's ids of the nodes on which no agent is started, because the user or the memory of bad nodes says so."""
@@ -279,7 +280,7 @@ class RayCluster:
         info = topology.with_label(bare, topology.labels(), node.node_id, agent.hello.nvlink_domain)
         key = self._cache_peers.key_for(self._spec)
         port = agent.actor.begin.remote(info, self._spec, self._run_dir, agent.hello.cwd, key)
-        tap = _Tap(self._sink, self._lost, self._told_to_leave, self._cache_peers)
+        tap = _Tap(self._sink, self._lost, self._leaving, self._left, self._cache_peers)
         remote = RemoteNode(info, agent.actor, tap, self._terms)
         with self._changed:
             self._nodes[info.node_id] = remote
@@ -301,6 +302,13 @@ class RayCluster:
         with self._changed:
             self._changed.notify_all()
 
+    def _left(self, node_id: str) -> None:
+        """Nothing of ours runs any more on a node that was told to leave."""
+        with self._changed:
+            node = self._nodes.get(node_id)
+        if node is not None:
+            self._let_go(node)
+
     def _share_cache(self, addresses: tuple[str, ...]) -> None:
         for node in self._held():
             node.share_cache(addresses)
@@ -314,9 +322,7 @@ class RayCluster:
 
     def _ready(self) -> tuple[NodeInfo, ...]:
         """Held nodes on which an attempt may run, in the order of the gang."""
-        infos = [
-            node.node for node in self._held() if not node.is_over and node.node.node_id not in self._told_to_leave
-        ]
+        infos = [node.node for node in self._held() if not node.is_over and node.node.node_id not in self._leaving]
         by_name = sorted(infos, key=lambda info: survey.order_of_nodes(_as_cluster_node(info)))
         return topology.in_order(by_name)
 
@@ -340,25 +346,37 @@ class _Tap:
     """The sink, and the cluster's own interest in what comes of a node."""
 
     def __init__(
-        self, sink: EventSink, on_lost: Callable[[str], None], told_to_leave: set[str], cache_peers: CachePeers
+        self,
+        sink: EventSink,
+        on_lost: Callable[[str], None],
+        leaving: Leaving,
+        on_left: Callable[[str], None],
+        cache_peers: CachePeers,
     ) -> None:
         self._sink = sink
         self._cache_peers = cache_peers
-        self._on_lost = on_lost
-        self._told_to_leave = told_to_leave
+        self._on_lost, self._on_left = on_lost, on_left
+        self._leaving = leaving
 
     def put(self, event: Event) -> None:
-        if isinstance(event, NodeDraining):
-            if event.node_id in self._told_to_leave:
-                return
-            self._told_to_leave.add(event.node_id)
+        if isinstance(event, NodeDraining) and not self._leaving.tell(event.node_id):
+            return
         self._cache_peers.heard(event)
         self._sink.put(event)
+        if isinstance(event, NodeDraining):
+            self._leaving.announced(event.node_id)
         if isinstance(event, NodeLost):
             self._on_lost(event.node_id)
+        self._heard(event)
 
     def put_log(self, output: Output) -> None:
         self._sink.put_log(output)
+        self._heard(output)
+
+    def _heard(self, what: Event | Output) -> None:
+        left = self._leaving.heard(what)
+        if left is not None:
+            self._on_left(left)
 
 
 def ray_id_of(node_id: str) -> str:

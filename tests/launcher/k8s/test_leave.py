@@ -13,12 +13,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from ray._private import ray_constants
 
 from launcher.k8s.leave import AGENT, main
 from launcher.k8s.manifest import render
 from tests.launcher.k8s.jobs import head, job, ray_job, worker
 
 ROOT = Path(__file__).parents[3]
+DRAIN = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
 HANG_S = "60"
 """Longer than any of these takes: a hook that waits for it in vain hangs the test."""
 
@@ -169,6 +171,14 @@ def test_a_pods_hook_ends_before_its_grace_and_after_the_ranks() -> None:
         assert 120 < float(command[command.index("--seconds") + 1]) < pod["terminationGracePeriodSeconds"]
     told = {each["name"]: each["value"] for each in head(one)["containers"][0]["env"]}
     assert float(told["RAY_JOB_STOP_WAIT_TIME_S"]) > 120
+
+
+def test_ray_does_not_drain_a_second_time_after_the_hook() -> None:
+    """`ray start --block` waits 30 s at SIGTERM for a node to become idle: longer than the hook leaves it, with the pod's GPUs."""
+    one = ray_job(render(job()))
+    for pod in (head(one), worker(one)):
+        told = {each["name"]: each["value"] for each in pod["containers"][0]["env"]}
+        assert hasattr(ray_constants, DRAIN) and told[DRAIN] == "0"
 
 
 def test_the_hook_imports_neither_torch_nor_ray_nor_the_kubernetes_client() -> None:

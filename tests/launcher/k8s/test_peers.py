@@ -14,6 +14,7 @@ from launcher.cli import main
 from launcher.errors import SpecError
 from launcher.k8s.manifest import render, to_yaml
 from launcher.k8s.options import CacheMode, CacheSettings, KubeJob
+from launcher.k8s.request import cut, to_job, with_job_file
 from tests.fakes.apiserver import FakeApiServer
 from tests.launcher.k8s.jobs import group, head, job, ray_job, with_sidecar, worker
 from tests.launcher.k8s.schemas import faults
@@ -156,8 +157,39 @@ def test_a_secret_that_may_not_be_made_ends_the_submit_with_nothing_left(
         message='User "me" cannot create resource "secrets" in API group "" in the namespace "default"',
     )
     assert main([*SUBMIT, "--detach", "train.py"]) == 69
-    assert "you may not create secrets in namespace default" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "you may not create secrets in namespace default" in said
+    assert "--cache-peer-secret resnet-peer-key" in said and "--no-cache-peers" in said
     assert not server.objects
+
+
+@pytest.mark.parametrize(
+    ("flags", "has_peers"),
+    [
+        (["--nnodes", "2", "--cache-capacity", "1TiB"], True),
+        (["--nnodes", "1:2", "--cache-capacity", "1TiB"], True),
+        (["--nnodes", "1", "--spare-nodes", "1", "--cache-capacity", "1TiB"], True),
+        (["--nnodes", "1", "--cache-capacity", "1TiB"], False),
+        (["--nnodes", "2"], False),
+        (["--nnodes", "2", "--cache", "daemonset"], False),
+        (["--nnodes", "2", "--cache-capacity", "1TiB", "--no-cache-peers"], False),
+        (["--nnodes", "1", "--cache-capacity", "1TiB", "--cache-peers"], True),
+    ],
+)
+def test_where_several_nodes_have_a_cache_each_byte_leaves_the_object_store_once_unless_they_are_told_not_to(
+    flags: list[str], has_peers: bool
+) -> None:
+    asked = cut(["--image", "reg.example/t:1", "--gpus", "8", "--nproc-per-node", "8", *flags, "train.py"])
+    assert to_job(asked, {}, lambda _: "").kube.cache.peers == has_peers
+
+
+def test_a_job_file_may_say_that_each_node_fetches_for_itself() -> None:
+    text = (
+        "image: a/b:1\ngpus: 8\nnnodes: 2\nnproc_per_node: 8\ncache_capacity: 1TiB\ncache_peers: false\nrun: train.py\n"
+    )
+    assert not to_job(with_job_file(cut([]), text, "job.yaml"), {}, lambda _: "").kube.cache.peers
+    with pytest.raises(SpecError, match="contradict"):
+        to_job(with_job_file(cut(["--no-cache-peers", "--cache-peers"]), text, "job.yaml"), {}, lambda _: "")
 
 
 def patched_daemonset() -> dict[str, Any]:
