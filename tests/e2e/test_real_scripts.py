@@ -1,0 +1,64 @@
+"""Scripts as the documentation of PyTorch, Accelerate, Lightning and Transformers teaches them, unmodified: under torchrun and under the
+launcher they end alike and print the same results.
+
+Each has lines that begin with `result`, with losses and weights to the digit: the same ranks, seeds, batches and collectives.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+ARGUMENTS = {"ddp_snapshots.py": ["3", "1", "--batch_size=32"], "hf_causal_lm.py": ["--learning_rate", "5e-3"]}
+NEEDS = {"accelerate": "accelerate", "lightning": "lightning", "hf": "transformers"}
+DEADLINE_S = 240.0
+"""Only what hangs takes so long; importing Transformers twice on two busy cores takes some tens of seconds."""
+
+pytestmark = pytest.mark.timeout(3 * DEADLINE_S)
+
+
+def results(command: list[str], script: str, cwd: Path) -> list[str]:
+    """The result lines of all ranks, sorted; fails with the whole output where the command fails."""
+    cwd.mkdir()
+    shutil.copy(SCRIPTS / script, cwd / script)
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("RAILHEAD_", "PET_"))}
+    env |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "GLOO_SOCKET_IFNAME": "lo"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", *command, "--nproc-per-node=2", script, *ARGUMENTS.get(script, [])],
+        cwd=cwd,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=DEADLINE_S)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    assert process.returncode == 0, output
+    # torchrun's ranks share one descriptor, and the end of a line may come after another rank's line.
+    return sorted(found.strip() for found in re.findall(r"result .*?(?=result |\n|$)", output))
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in SCRIPTS.glob("*.py")))
+def test_a_script_of_the_documentation_gives_the_same_under_torchrun_and_here(script: str, tmp_path: Path) -> None:
+    """Drop-in means that nobody changes a script: each is what a reader of that documentation would have."""
+    needed = NEEDS.get(script.split("_")[0])
+    if needed is not None:
+        pytest.importorskip(needed)
+    theirs = results(["torch.distributed.run", "--standalone"], script, tmp_path / "torchrun")
+    ours = results(["launcher", "--show-ranks=all"], script, tmp_path / "launcher")
+    assert ours == theirs
+    assert len({line for line in ours if "rank 0" in line or "RANK=0" in line}) >= 1
+    assert len(ours) >= 2, "each rank has said something"
