@@ -19,6 +19,7 @@ from launcher.console import Console
 from launcher.errors import EXIT_INTERNAL, LauncherError, NodeError
 from launcher.exclusion import Verdict
 from launcher.exclusion_file import NOWHERE, ExclusionFile
+from launcher.failure_file import FailureFile
 from launcher.gang import machine
 from launcher.gang.events import (
     AcquireNodes,
@@ -148,6 +149,7 @@ class Controller:
         self._ended: set[tuple[int, str]] = set()
         self._output_ended: set[tuple[int, str]] = set()
         self._num_attempts = 0
+        self._failures = FailureFile(run_dir, console.say)
         self._checkup = Checkup(spec, run_dir, self.events.put)
         self._notes = ProgressNotes()
         self._exclusions = exclusions or ExclusionFile(NOWHERE, clock.wall_s)
@@ -163,6 +165,7 @@ class Controller:
         ended = self._to_the_end()
         duration_s = self._clock.monotonic_s() - began_s
         self._journal.record(JobEnded(ended.exit_code, ended.reason, self._num_attempts, duration_s))
+        self._failures.ended(ended.exit_code, ended.reason)
         self._console.say(
             messages.summary(ended.exit_code, ended.reason, duration_s, self._num_attempts, self._run_dir)
         )
@@ -225,10 +228,12 @@ class Controller:
             return ended
         except LauncherError as error:
             self._journal.record(JobEnded(error.exit_code, str(error), self._num_attempts, 0.0))
+            self._failures.ended(error.exit_code, str(error))
             raise
         except Exception as error:
             text = "".join(traceback.format_exception(error))
             self._journal.record(JobEnded(EXIT_INTERNAL, text, self._num_attempts, 0.0))
+            self._failures.ended(EXIT_INTERNAL, text)
             raise LauncherError(
                 f"a fault in the launcher itself, all ranks are stopped:\n{text}",
                 advice=f"please report it with {self._run_dir}",
@@ -255,11 +260,13 @@ class Controller:
                     self._cluster.node(node_id).stop_attempt(attempt, grace_s, signum, can_save)
                 case Announce(text=text):
                     self._console.say(text)
-                case ReportFailure(failure=failure, consequence=consequence):
+                case ReportFailure(attempt=attempt, failure=failure, consequence=consequence):
+                    self._failures.told(attempt, failure, consequence, world)
                     self._console.say(messages.failure_report(failure, world))
                     if consequence:
                         self._console.say(consequence)
-                case ReportCollateral(root=root, is_new_root=is_new_root, collateral=collateral):
+                case ReportCollateral(attempt, root, is_new_root, collateral):
+                    self._failures.concluded(attempt, root, collateral, world)
                     text = messages.collateral_report(root, is_new_root, collateral, world)
                     if text:
                         self._console.say(text)

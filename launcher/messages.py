@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from launcher.gang import policy
-from launcher.gang.causes import cause
+from launcher.gang.causes import cause, exception_line, why_collateral
 from launcher.gang.events import (
     CacheFailed,
     CacheServing,
@@ -18,6 +18,7 @@ from launcher.gang.events import (
     PlacementWaiting,
     RankExited,
 )
+from launcher.gang.sayings import some_ranks
 from launcher.gang.world import World
 
 _MAX_COLLATERAL_LINES = 8
@@ -56,23 +57,46 @@ def failure_report(failure: Failure, world: World | None) -> str:
 
 
 def collateral_report(root: Failure, is_new_root: bool, collateral: Sequence[Failure], world: World | None) -> str:
-    """What else ended badly, in order of time; empty when there is nothing to add to the first report."""
+    """What else ended badly, in order of time: those that are only a consequence folded by why, the others one by one. Empty when there is
+    nothing to add to the first report."""
     lines = []
     if is_new_root:
         lines.append(f"the root cause is an earlier failure: {failure_report(root, world)}")
     others = sorted(collateral, key=policy.happened_at_s)
     if others:
         lines.append("after that, as a consequence or on being stopped:")
-        lines += [f"  {_collateral_line(failure, root, world)}" for failure in others[:_MAX_COLLATERAL_LINES]]
-        if len(others) > _MAX_COLLATERAL_LINES:
-            lines.append(f"  … and {len(others) - _MAX_COLLATERAL_LINES} more (journal.jsonl has them all)")
+        folded: dict[str, list[Failure]] = {}
+        for failure in others:
+            folded.setdefault(why_collateral(failure, root), []).append(failure)
+        own = folded.pop("", [])
+        lines += [f"  {_collateral_line(failure, root, world)}" for failure in own[:_MAX_COLLATERAL_LINES]]
+        if len(own) > _MAX_COLLATERAL_LINES:
+            lines.append(f"  … and {len(own) - _MAX_COLLATERAL_LINES} more (journal.jsonl has them all)")
+        lines += [f"  {_folded_line(why, failures, root, world)}" for why, failures in folded.items()]
     return "\n".join(lines)
 
 
+def _folded_line(why: str, failures: Sequence[Failure], root: Failure, world: World | None) -> str:
+    """`ranks 0-6: lost its peer: …`, with the words of the first."""
+    first = failures[0]
+    where = f" on {hostname(first.node_id, world)}" if len(failures) == 1 else ""
+    exception = first.exception if isinstance(first, RankExited) else None
+    words = f": {exception_line(exception, _MAX_CAUSE)}" if exception else ""
+    log = f"; log {first.stderr_log}" if isinstance(first, RankExited) and exception and first.stderr_log else ""
+    return f"{some_ranks(sorted(ranks_of(failures)))}{where}: {why}{words}{log}{_after(first, root)}"
+
+
+def ranks_of(failures: Sequence[Failure]) -> list[int]:
+    return [failure.rank for failure in failures if isinstance(failure, RankExited)]
+
+
 def _collateral_line(failure: Failure, root: Failure, world: World | None) -> str:
+    return failure_line(failure, world, _MAX_CAUSE) + _after(failure, root)
+
+
+def _after(failure: Failure, root: Failure) -> str:
     after_s = policy.happened_at_s(failure) - policy.happened_at_s(root)
-    when = f" ({after_s:+.2f} s)" if abs(after_s) < 1e6 else ""
-    return failure_line(failure, world, _MAX_CAUSE) + when
+    return f" ({after_s:+.2f} s)" if abs(after_s) < 1e6 else ""
 
 
 def summary(exit_code: int, reason: str, duration_s: float, num_attempts: int, run_dir: str) -> str:

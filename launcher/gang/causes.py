@@ -139,10 +139,10 @@ def with_who_left_early(failure: Failure, good: int) -> Failure:
 def why_collateral(failure: Failure, first: Failure) -> str:
     """Why this one is only a consequence, where that can be said; else empty. `first`: what made us stop the gang."""
     if is_secondhand(failure):
-        return "lost its peer"
+        return Kind.LOST_PEER.value
     if died_of_us(failure, first):
         assert isinstance(failure, RankExited)
-        return "stopped by the launcher" if failure.status.signum == signal.SIGTERM else "killed by the launcher"
+        return f"{Kind.STOPPED.value}, {failure.status}"
     return ""
 
 

@@ -2,6 +2,9 @@
 
 Files, not pipes: a rank never blocks on a slow terminal, and nothing is lost when the launcher dies. Back-pressure is simply not reading
 on: `on_log` blocks, the file grows.
+
+The traceback that ends a rank is held back for a moment: whoever reports the end of the rank tells it once, with its cause before it,
+and says here that it need not be shown (`release`). If nobody does so within two seconds, it is shown like anything else.
 """
 
 from __future__ import annotations
@@ -22,6 +25,8 @@ _POLL_S = 0.05
 _QUIET_S = 0.25
 """An unfinished line is shown after this silence: a prompt, a "loading… " without a newline."""
 _READ_BYTES = 1 << 18
+_HOLD_S = 2.0
+"""How long a traceback is held back: a rank that has printed one is dead in milliseconds, or hangs in its clean-up."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,8 @@ class Source:
     duplicate_filters: tuple[bytes, ...] = ()
     duplicate_path: str = ""
     duplicate_prefix: bytes = b""
+    traceback_note: str = ""
+    """A file that says where in `path` the last traceback begins and ends, if there is one."""
 
 
 @dataclass(eq=False)
@@ -45,6 +52,15 @@ class _Followed:
     lines: LineAssembler = field(default_factory=LineAssembler)
     duplicates: LineAssembler = field(default_factory=LineAssembler)
     is_finishing: bool = False
+    offset: int = 0
+    held_since_s: float | None = None
+    """A traceback begins at `offset`."""
+    is_released: bool = False
+    """There is nothing to be held back any more."""
+    is_over: bool = False
+    """The rank has ended."""
+    is_told: bool = False
+    """Its traceback is told otherwise, and is not shown."""
 
 
 class LogFollower:
@@ -75,6 +91,14 @@ class LogFollower:
                 target = self._rounds + 2  # the round that runs now may have passed our file already
                 self._hurry()
                 self._lock.wait_for(lambda: self._rounds >= target or self._is_closed, timeout_s)
+
+    def release(self, path: str, *, is_told: bool) -> None:
+        """The rank that writes into `path` has ended. `is_told`: its traceback need not be shown."""
+        with self._lock:
+            for followed in self._followed:
+                if followed.source.path == path:
+                    followed.is_told, followed.is_over = is_told, True
+            self._hurry()
 
     def finish(self, marker: OutputEnded) -> None:
         """No one writes any more into the files followed so far: reads each to its end and forgets it; then hands on `marker`."""
@@ -121,11 +145,14 @@ class LogFollower:
         is_finishing = followed.is_finishing  # before reading: what is written after it was set does not exist
         while not self._is_closed:
             try:
-                data = os.read(followed.fd, _READ_BYTES)
+                data = os.pread(followed.fd, _READ_BYTES, followed.offset)
             except OSError:  # a failing disk: nothing more can be shown of it, and the job must not wait for it
                 is_finishing, data = True, b""
-            if not data:
+            before = followed.offset
+            data = self._before_traceback(followed, data, is_finishing)
+            if not data and followed.offset == before:
                 break
+            followed.offset += len(data)
             followed.last_data_s = time.monotonic()
             self._hand_on(followed, followed.lines.feed(data))
             self._duplicate(followed, followed.duplicates.feed(data) if followed.source.duplicate_path else b"")
@@ -137,6 +164,26 @@ class LogFollower:
         if time.monotonic() - followed.last_data_s > _QUIET_S:
             self._hand_on(followed, followed.lines.flush(at_end=False))
         return False
+
+    def _before_traceback(self, followed: _Followed, data: bytes, is_finishing: bool) -> bytes:
+        """What of `data` may be shown now. A traceback's place is noted before it is written, so it is looked for after reading."""
+        if followed.is_released or not data or not followed.source.traceback_note:
+            return data
+        begin, end = _read_note(followed.source.traceback_note)
+        if begin is None:
+            return data
+        if begin > followed.offset:
+            return data[: begin - followed.offset]
+        now = time.monotonic()
+        followed.held_since_s = followed.held_since_s or now
+        if not (followed.is_over or is_finishing or now > followed.held_since_s + _HOLD_S):
+            return b""
+        followed.is_released = True
+        if not followed.is_told or end is None or end < begin:
+            return data
+        self._duplicate(followed, followed.duplicates.feed(data[: end - begin]))
+        followed.offset = end
+        return data[end - begin :]
 
     def _hand_on(self, followed: _Followed, data: bytes) -> None:
         if data and not self._is_closed:
@@ -154,3 +201,13 @@ class LogFollower:
         if matching:
             with contextlib.suppress(OSError), open(source.duplicate_path, "ab") as file:
                 file.write(b"".join(matching))
+
+
+def _read_note(path: str) -> tuple[int | None, int | None]:
+    """Where the traceback begins, and where it ends if that is known."""
+    try:
+        with open(path) as file:
+            begin, *more = [int(word) for word in file.read(100).split()]
+    except (OSError, ValueError):
+        return None, None
+    return begin, more[0] if more else None

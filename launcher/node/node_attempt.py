@@ -88,6 +88,7 @@ class NodeAttempt:
         self._start_failures: dict[int, StartFailed] = {}
         self._nccl_logs: NcclLogs | None = None
         self._is_stopping = False
+        self._can_save = False
         self._is_over = False
 
     # --- commands -------------------------------------------------------------------------------------------------------------------
@@ -169,7 +170,7 @@ class NodeAttempt:
         self._watch(process, partial(self._rank_reports, member, files, again))
 
     def stop(self, grace_s: float, signum: int, can_save: bool = False) -> None:
-        self._is_stopping = True
+        self._is_stopping, self._can_save = True, can_save
         for rank, process in self._ranks.items():
             if not can_save and os.path.exists(os.path.join(self._rank_directory(rank), MARKER)):
                 process.stop(0.0, signal.SIGKILL)
@@ -204,8 +205,9 @@ class NodeAttempt:
             if stream in shown and os.path.exists(path):
                 duplicate_path = os.path.join(self._directory, filtered) if filters else ""
                 needles = tuple(needle.encode() for needle in filters)
+                note = files.traceback_note if stream is Stream.STDERR else ""
                 self._follower.follow(
-                    Source(member.rank, member.local_rank, stream, path, needles, duplicate_path, prefix)
+                    Source(member.rank, member.local_rank, stream, path, needles, duplicate_path, prefix, note)
                 )
 
     def find_modules_file(self) -> str | None:
@@ -237,6 +239,8 @@ class NodeAttempt:
 
     def _rank_exited(self, member: Member, files: RankFiles, status: ExitStatus, at_s: float) -> None:
         if self._spec.logs.shown(member.rank, member.local_rank):
+            # While ranks may save, what goes wrong is not reported as a failure: then its traceback is all that is shown of it.
+            self._follower.release(files.stderr_log, is_told=not (self._is_stopping and self._can_save))
             self._follower.drain(_DRAIN_S)
         pid = self._pids.get(member.local_rank, 0)
         left = Left()

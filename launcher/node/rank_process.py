@@ -55,6 +55,11 @@ class RankFiles:
         return os.path.join(self.directory, "exit.json")
 
     @property
+    def traceback_note(self) -> str:
+        """Where in its standard error the traceback begins and ends that is the interpreter's last word."""
+        return os.path.join(self.directory, "traceback.at")
+
+    @property
     def traces(self) -> Traces:
         return Traces(self.error_file, self.exit_file, self.crash_file, self.stderr_log)
 

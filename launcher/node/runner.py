@@ -25,6 +25,7 @@ import io
 import json
 import os
 import runpy
+import stat
 import sys
 import time
 import traceback
@@ -35,7 +36,7 @@ from typing import Any
 _ours = {__file__}
 """Files whose frames are taken off the program's tracebacks."""
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-CRASH_FILE, EXIT_FILE = "crash.log", "exit.json"
+CRASH_FILE, EXIT_FILE, TRACEBACK_FILE = "crash.log", "exit.json", "traceback.at"
 """Beside TORCHELASTIC_ERROR_FILE."""
 _FIRST_FD = 400
 """Above the numbers that a program would get anyhow."""
@@ -90,15 +91,34 @@ def _without(tb: types.TracebackType | None, *files: str) -> types.TracebackType
     return tb
 
 
-def _hide_us_from_the_hook() -> None:
-    """The interpreter is about to print the exception: through the program's own hook, if it set one, but without our frames."""
+def _hide_us_from_the_hook(note_file: str) -> None:
+    """The interpreter is about to print the exception: through the program's own hook, if it set one, but without our frames. Where in
+    the log it stands is written down, because the launcher tells it once, with its report (`follow.py`)."""
     hook = sys.excepthook
 
     def excepthook(kind: Any, error: BaseException, tb: types.TracebackType | None) -> None:
         tb = _without(tb, *_ours)
-        hook(kind, error.with_traceback(tb), tb)
+        is_noted = bool(note_file) and not isinstance(error, KeyboardInterrupt) and _note_position(note_file)
+        try:
+            hook(kind, error.with_traceback(tb), tb)
+        finally:
+            if is_noted:
+                _note_position(note_file)
 
     sys.excepthook = excepthook
+
+
+def _note_position(path: str) -> bool:
+    """Appends the present length of standard error; best effort."""
+    try:
+        status = os.fstat(2)
+        if not stat.S_ISREG(status.st_mode):
+            return False
+        with open(path, "a") as file:
+            file.write(f"{status.st_size}\n")
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _fresh_main() -> types.ModuleType:
@@ -191,9 +211,11 @@ def run(
             _note_exit(error, os.path.join(os.path.dirname(error_file), EXIT_FILE))
         raise
     except BaseException as error:
-        if os.getpid() == pid:
+        is_ours = os.getpid() == pid
+        if is_ours:
             _record(error, error_file)
-        _hide_us_from_the_hook()
+        beside = os.path.join(os.path.dirname(error_file), TRACEBACK_FILE)
+        _hide_us_from_the_hook(beside if error_file and is_ours else "")
         raise
     finally:
         if modules_file:
