@@ -8,12 +8,14 @@ have everything.
 from __future__ import annotations
 
 import collections
+import contextlib
 import os
 import re
 import select
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+from launcher import bottomline
 from launcher.gang.events import LogChunk
 from launcher.node.lines import LineAssembler
 from launcher.spec import Stream
@@ -35,13 +37,17 @@ _Source = tuple[int, Stream]
 class Console:
     """prefix(rank, local_rank) is what stands before a line. Any thread may call any method."""
 
-    def __init__(self, prefix: Callable[[int, int], str], stdout_fd: int = 1, stderr_fd: int = 2) -> None:
+    def __init__(
+        self, prefix: Callable[[int, int], str], stdout_fd: int = 1, stderr_fd: int = 2, *, is_coloured: bool = False
+    ) -> None:
         self._queue: collections.deque[LogChunk | str | _EndOfOutput] = collections.deque()
         self._queued_bytes = 0
         self._changed = threading.Condition()
         self._is_writing = False
         self._is_closed = False
-        self._paper = _Paper(prefix, stdout_fd, stderr_fd)
+        self._paper = _Paper(prefix, stdout_fd, stderr_fd, is_coloured)
+        self._line: tuple[str, ...] = ()
+        self._shown: tuple[str, ...] = ()
         self._thread = threading.Thread(target=self._run, name="console", daemon=True)
         self._thread.start()
 
@@ -56,6 +62,12 @@ class Console:
     def say(self, text: str) -> None:
         """Our own words, one or more lines; the first is marked as ours. Never blocks."""
         self._enqueue(f"{OWN_PREFIX}{text.rstrip()}\n")
+
+    def show_line(self, parts: Sequence[str]) -> None:
+        """Keeps one line below everything on the terminal, of these parts as far as there is room; without any: none. Never blocks."""
+        with self._changed:
+            self._line = () if self._is_closed else tuple(parts)
+            self._changed.notify_all()
 
     def end_output(self) -> None:
         """No rank writes any more: what is held of unfinished lines is due."""
@@ -72,6 +84,7 @@ class Console:
         with self._changed:
             self._is_closed = True
             self._queue.clear()
+            self._line = ()
             self._changed.notify_all()
         self._thread.join(0.5)
 
@@ -85,12 +98,15 @@ class Console:
             with self._changed:
                 self._is_writing = False
                 self._changed.notify_all()
-                self._changed.wait_for(lambda: self._queue or self._is_closed)
-                if not self._queue:
+                self._changed.wait_for(lambda: self._queue or self._is_closed or self._line != self._shown)
+                line, self._shown = self._line, self._line
+                if not self._queue and self._is_closed and not self._paper.has_line:
                     return
-                item = self._queue.popleft()
-                self._is_writing = True
+                item = self._queue.popleft() if self._queue else None
+                self._is_writing = item is not None
             match item:
+                case None:
+                    self._paper.keep_line(line)
                 case str():
                     self._paper.write_words(item)
                 case LogChunk():
@@ -99,6 +115,8 @@ class Console:
                         self._queued_bytes -= len(item.data)
                 case _EndOfOutput():
                     self._paper.end_output()
+            if item is not None and not self._queue:
+                self._paper.keep_line(line)
 
 
 class _Paper:
@@ -108,8 +126,13 @@ class _Paper:
     broken and begun again with its prefix. In a file or a pipe they are held until they end.
     """
 
-    def __init__(self, prefix: Callable[[int, int], str], stdout_fd: int, stderr_fd: int) -> None:
+    def __init__(self, prefix: Callable[[int, int], str], stdout_fd: int, stderr_fd: int, is_coloured: bool) -> None:
         self._prefix = prefix
+        self._is_coloured = is_coloured
+        self.has_line = False
+        """Whether our own line stands at the bottom of the terminal of standard error."""
+        self._is_mid_line = False
+        """What was written last to that terminal has not ended its line."""
         self._fds = {Stream.STDOUT: stdout_fd, Stream.STDERR: stderr_fd}
         self._is_terminal = {stream: os.isatty(fd) for stream, fd in self._fds.items()}
         self._local_ranks: dict[int, int] = {}
@@ -153,6 +176,16 @@ class _Paper:
             self._open.pop(_file(fd), None)
         self._write(fd, b"".join(pieces))
 
+    def keep_line(self, parts: Sequence[str]) -> None:
+        """Our line below what has been written so far; without parts, or where there is no room for it, none."""
+        fd = self._fds[Stream.STDERR]
+        data = bottomline.hide(is_open=self._is_mid_line) if self.has_line else b""
+        line = bottomline.fit(list(parts), _columns_for_line(fd)) if parts and self._is_terminal[Stream.STDERR] else ""
+        if line:
+            data += bottomline.show(line, is_open=self._is_mid_line, is_coloured=self._is_coloured)
+        self.has_line = bool(line)
+        self._write_through(fd, data)
+
     def _close_line_of_another(self, fd: int, source: _Source | None) -> None:
         """A new line where someone else's words are about to follow an open line in the same file."""
         if self._open.get(_file(fd), source) != source:
@@ -160,6 +193,15 @@ class _Paper:
             del self._open[_file(fd)]
 
     def _write(self, fd: int, data: bytes) -> None:
+        """What is to stay, above our line."""
+        if data and self._is_terminal[Stream.STDERR] and _file(fd) == _file(self._fds[Stream.STDERR]):
+            if self.has_line:
+                data = bottomline.hide(is_open=self._is_mid_line) + data
+                self.has_line = False
+            self._is_mid_line = not data.endswith(b"\n")
+        self._write_through(fd, data)
+
+    def _write_through(self, fd: int, data: bytes) -> None:
         """To the last byte; a descriptor that fails (the reader went away) is left alone from then on."""
         while data and fd not in self._dead_fds:
             try:
@@ -168,6 +210,18 @@ class _Paper:
                 select.select([], [fd], [])
             except OSError:
                 self._dead_fds.add(fd)
+
+
+def _columns_for_line(fd: int) -> int:
+    """0 where our line should not be: too small a terminal, or a job in the background of somebody's shell."""
+    try:
+        columns, rows = os.get_terminal_size(fd)
+    except OSError:
+        return 0
+    with contextlib.suppress(OSError):  # not our controlling terminal: nobody else's either
+        if os.tcgetpgrp(fd) != os.getpgrp():
+            return 0
+    return columns if bottomline.has_room(columns, rows) else 0
 
 
 def _file(fd: int) -> tuple[int, int]:

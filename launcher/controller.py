@@ -54,6 +54,7 @@ from launcher.gang.observations import NodeProgress
 from launcher.gang.world import World
 from launcher.journal import FileJournal, JobBegan, JobEnded
 from launcher.noting import ProgressNotes
+from launcher.report.display import Display, is_coloured
 from launcher.spec import JobSpec
 
 
@@ -76,9 +77,10 @@ def run(spec: JobSpec, cluster: Cluster, exclusions: ExclusionFile | None = None
     clock = SystemClock()
     run_dir = rundir.create(spec, os.environ.get("RAILHEAD_RUNS"))
     rundir.write_spec(run_dir, spec)
-    console = Console(spec.line_prefix)
-    journal = FileJournal(os.path.join(run_dir, "journal.jsonl"), clock, console.say)
-    controller = Controller(spec, cluster, run_dir, journal, console, clock, exclusions)
+    console = Console(spec.line_prefix, is_coloured=is_coloured(os.environ))
+    display = Display(spec.logs.progress, console, os.environ)
+    journal = FileJournal(os.path.join(run_dir, "journal.jsonl"), clock, console.say, display.entry)
+    controller = Controller(spec, cluster, run_dir, journal, console, clock, exclusions, display)
     forget_signals = _handle_signals(spec.signals_to_handle, controller.events.put)
     try:
         return controller.run()
@@ -137,6 +139,7 @@ class Controller:
         console: Console,
         clock: Clock,
         exclusions: ExclusionFile | None = None,
+        display: Display | None = None,
     ) -> None:
         self.events: queue.SimpleQueue[Event | OutputEnded] = queue.SimpleQueue()
         """SimpleQueue, because signal handlers put into it."""
@@ -152,6 +155,7 @@ class Controller:
         self._failures = FailureFile(run_dir, console.say)
         self._checkup = Checkup(spec, run_dir, self.events.put)
         self._notes = ProgressNotes()
+        self._display = display
         self._exclusions = exclusions or ExclusionFile(NOWHERE, clock.wall_s)
 
     def run(self) -> int:
@@ -206,9 +210,14 @@ class Controller:
         return self._state
 
     def _note_progress(self, *, is_last: bool = False) -> None:
-        progress = self._notes.progress
-        if progress is not None and (self._notes.is_due(progress, self._clock.monotonic_s()) or is_last):
+        now = self._clock.monotonic_s()
+        progress = self._notes.progress if is_last else self._notes.look(now)
+        if progress is None:
+            return
+        if self._notes.is_due(progress, now) or is_last:
             self._journal.record(progress)
+        if self._display is not None:
+            self._display.progress(progress, now)
 
     def _next_event(self) -> Event | OutputEnded:
         deadline_s = machine.deadline_s(self._state)

@@ -49,6 +49,18 @@ class StartMethod(enum.Enum):
     """A fresh interpreter for each."""
 
 
+class ProgressDisplay(enum.Enum):
+    """What is said of a job's progress while it runs (`--show-progress`)."""
+
+    AUTO = "auto"
+    """LIVE on a terminal, else PLAIN."""
+    LIVE = "live"
+    """One line at the bottom of the terminal, painted over; PLAIN where there is none."""
+    PLAIN = "plain"
+    """A sentence when its pace is known, when it trains again after a restart, and every few minutes."""
+    OFF = "off"
+
+
 class Stream(enum.IntFlag):
     """Standard streams of a rank, with torchrun's numbers (`-r 3` means both)."""
 
@@ -157,6 +169,7 @@ class LogOptions:
     duplicate_stdout_filters: tuple[str, ...] = ()
     """Lines of standard output that contain one of these are also written to `filtered_stdout.log` of the attempt."""
     duplicate_stderr_filters: tuple[str, ...] = ()
+    progress: ProgressDisplay = ProgressDisplay.AUTO
 
     def shown(self, rank: int, local_rank: int) -> Stream:
         """Which streams of this rank the terminal shows.

@@ -222,6 +222,7 @@ def _read_logs(line: CommandLine, environ: Mapping[str, str]) -> LogOptions:
         or environ.get("TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE"),
         duplicate_stdout_filters=read(line, "duplicate-stdout-filters", values.parse_texts, ()),
         duplicate_stderr_filters=read(line, "duplicate-stderr-filters", values.parse_texts, ()),
+        progress=read(line, "show-progress", values.parse_progress, LogOptions.progress),
     )
 
 

@@ -198,6 +198,14 @@ OPTIONS: tuple[Option, ...] = (
         "show-ranks", OUTPUT, "Ranks whose output is shown here: all, none, or like 0,8-15. [0]", "RANKS", is_ours=True
     ),
     Option(
+        "show-progress",
+        OUTPUT,
+        "What is said of steps, speed and time left: live, one line at the bottom of a terminal; "
+        "plain, a sentence every five minutes; off. [auto: live on a terminal, else plain]",
+        "auto|live|plain|off",
+        is_ours=True,
+    ),
+    Option(
         "redirects",
         OUTPUT,
         "Streams that go to the file only: 1 stdout, 2 stderr, 3 both; or by local rank, 0:1,1:2.",

@@ -6,7 +6,7 @@ import math
 import re
 import signal
 
-from launcher.spec import BINDINGS, CACHE_PEERS, StartMethod, Stream, StreamChoice
+from launcher.spec import BINDINGS, CACHE_PEERS, ProgressDisplay, StartMethod, Stream, StreamChoice
 
 PROCS_WISHES = ("auto", "gpu", "cpu")
 
@@ -32,6 +32,14 @@ def parse_amount(text: str) -> float:
     if not 0 <= number < math.inf:
         raise ValueError("a number, 0 or more")
     return number
+
+
+def parse_progress(text: str) -> ProgressDisplay:
+    """`--show-progress`."""
+    try:
+        return ProgressDisplay(text)
+    except ValueError:
+        raise ValueError(", ".join(each.value for each in ProgressDisplay)) from None
 
 
 def parse_nodes(text: str) -> tuple[int, int]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from launcher.report.record import Attempt, Point
 
-_WINDOW_S = 60.0
+WINDOW_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -25,18 +25,21 @@ class Pace:
     """To the last step; None: unknown."""
 
 
-def pace(attempt: Attempt, latest: Point | None = None, window_s: float = _WINDOW_S) -> Pace | None:
-    """`latest`: a point that is newer than what was noted. None: nothing is known of its steps."""
-    points = [point for point in (*attempt.points, *((latest,) if latest else ())) if point.steps]
-    return _pace(points, window_s) if points else None
+def pace(attempt: Attempt) -> Pace | None:
+    """None: nothing is known of its steps."""
+    return pace_of(attempt.points, WINDOW_S)
 
 
 def whole_pace(attempt: Attempt) -> Pace | None:
     """Over all of the attempt."""
-    return pace(attempt, window_s=float("inf"))
+    return pace_of(attempt.points, float("inf"))
 
 
-def _pace(points: Sequence[Point], window_s: float) -> Pace:
+def pace_of(seen: Iterable[Point], window_s: float) -> Pace | None:
+    """Of one attempt's points, in order; None: no steps are known."""
+    points = [point for point in seen if point.steps]
+    if not points:
+        return None
     last = points[-1]
     first = next(point for point in points if last.at_s - point.at_s <= window_s)
     num, took_s = (last.steps or 0) - (first.steps or 0), last.step_at_s - first.step_at_s

@@ -1,0 +1,66 @@
+"""Shows a job while it runs: the live line on a terminal, or a sentence now and then. A thin shell around `live`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from launcher.gang.tally import GangProgress
+from launcher.journal import Entry
+from launcher.report.live import LiveView
+from launcher.spec import ProgressDisplay
+
+
+class Screen(Protocol):
+    """`console.Console`."""
+
+    def say(self, text: str) -> None: ...
+
+    def show_line(self, parts: Sequence[str]) -> None: ...
+
+
+class Display:
+    """Called from the controller's thread only."""
+
+    def __init__(self, wish: ProgressDisplay, screen: Screen, environ: Mapping[str, str], stderr_fd: int = 2) -> None:
+        self._how = choose(wish, os.isatty(stderr_fd), environ)
+        self._screen = screen
+        self._view = LiveView()
+
+    def entry(self, entry: Entry) -> None:
+        """The journal has got this."""
+        if self._how is ProgressDisplay.OFF:
+            return
+        self._view.see(entry)
+        if self._how is ProgressDisplay.LIVE:
+            self._screen.show_line(self._view.parts(entry.mono_s))
+
+    def progress(self, progress: GangProgress, now: float) -> None:
+        """How far the gang is."""
+        if self._how is ProgressDisplay.OFF:
+            return
+        sentence = self._view.look(progress, now)
+        if self._how is ProgressDisplay.LIVE:
+            self._screen.show_line(self._view.parts(now))
+        elif sentence:
+            self._screen.say(sentence)
+
+
+def choose(wish: ProgressDisplay, is_terminal: bool, environ: Mapping[str, str]) -> ProgressDisplay:
+    """A line that is painted over needs a terminal that can; whoever insists gets it wherever there is one.
+
+    >>> choose(ProgressDisplay.AUTO, True, {"TERM": "xterm"}).value, choose(ProgressDisplay.AUTO, False, {}).value
+    ('live', 'plain')
+    >>> choose(ProgressDisplay.AUTO, True, {"TERM": "dumb"}).value, choose(ProgressDisplay.LIVE, False, {}).value
+    ('plain', 'plain')
+    """
+    if wish in (ProgressDisplay.OFF, ProgressDisplay.PLAIN):
+        return wish
+    can = is_terminal and (wish is ProgressDisplay.LIVE or environ.get("TERM", "dumb") not in ("", "dumb"))
+    return ProgressDisplay.LIVE if can else ProgressDisplay.PLAIN
+
+
+def is_coloured(environ: Mapping[str, str]) -> bool:
+    """https://no-color.org: any value that is not empty."""
+    return not environ.get("NO_COLOR")
