@@ -104,6 +104,16 @@ class Gpu:
 
 
 @dataclass(frozen=True)
+class Xid:
+    """One event that the NVIDIA driver wrote into the kernel's log."""
+
+    code: int
+    """NVIDIA's number of the kind of error."""
+    pci: str | None = None
+    text: str = ""
+
+
+@dataclass(frozen=True)
 class Gid:
     """One slot of a port's GID table that could be read and is not zero."""
 
@@ -259,6 +269,8 @@ class NodeFacts:
     """The interface of the default route."""
     unix_time: float | None = None
     gpus: tuple[Gpu, ...] = ()
+    xids: tuple[Xid, ...] | None = None
+    """Since boot; None where the kernel's log may not be read."""
     hcas: tuple[Hca, ...] = ()
     netdevs: tuple[Netdev, ...] = ()
     pci: tuple[PciDevice, ...] = ()

@@ -103,7 +103,15 @@ def worst(found: Sequence[Finding]) -> Severity:
 def checks() -> tuple[tuple[NodeCheck, ...], tuple[GangCheck, ...]]:
     """Every check: those of one node, and those that compare nodes."""
     # Imported here because the checks need the types above.
-    from launcher.fabric import checks_gang, checks_gpu, checks_interface, checks_limits, checks_provider, checks_rdma
+    from launcher.fabric import (
+        checks_gang,
+        checks_gpu,
+        checks_gpu_path,
+        checks_interface,
+        checks_limits,
+        checks_provider,
+        checks_rdma,
+    )
 
-    of_node = (checks_interface, checks_rdma, checks_provider, checks_gpu, checks_limits)
+    of_node = (checks_interface, checks_rdma, checks_provider, checks_gpu, checks_gpu_path, checks_limits)
     return tuple(check for module in of_node for check in module.CHECKS), checks_gang.CHECKS

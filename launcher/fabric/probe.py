@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from launcher.fabric import probe_devices, probe_gpus, probe_host
+from launcher.fabric import probe_devices, probe_gpus, probe_host, probe_kernel_log
 from launcher.fabric.facts import Cpus, Hca, Kubernetes, Memory, Netdev, NodeFacts, PciDevice, Platform, Software
 from launcher.fabric.root import Root
 
@@ -58,6 +58,7 @@ def probe(
         default_netdev=_part("default route", lambda: probe_host.default_netdev(tree), None, unread),
         unix_time=time.time() if tree.is_live else None,
         gpus=gpus,
+        xids=_part("the kernel's log", lambda: probe_kernel_log.read_xids(tree), None, unread) if gpus else None,
         hcas=hcas,
         netdevs=netdevs,
         pci=pci,

@@ -14,7 +14,7 @@ import pytest
 
 import launcher.fabric.findings
 from launcher.fabric.checks_gang import counter_growth
-from launcher.fabric.facts import Gid, Gpu, Hca, HcaPort, Kubernetes, NodeFacts, PciDevice
+from launcher.fabric.facts import Gid, Gpu, Hca, HcaPort, Kubernetes, NodeFacts, PciDevice, Xid
 from launcher.fabric.findings import Finding, Severity, findings
 from launcher.fabric.rules import GangRequest
 
@@ -56,6 +56,10 @@ def _gpu(index: int, **values: object) -> Fault:
 
 def _all_gpus(**values: object) -> Fault:
     return lambda facts: replace(facts, gpus=tuple(replace(gpu, **values) for gpu in facts.gpus))  # type: ignore[arg-type]
+
+
+def _xids(*xids: Xid) -> Fault:
+    return lambda facts: replace(facts, xids=xids)
 
 
 def _port(name: str, **values: object) -> Fault:
@@ -193,6 +197,7 @@ NODE_FAULTS: list[tuple[str, str, Fault, dict[str, str]]] = [
     ("gpu-memory", DGX, _gpu(3, is_remap_pending=True), {}),
     ("gpu-memory", DGX, _gpu(3, is_remap_failed=True), {}),
     ("gpu-ecc", DGX, _gpu(3, num_ecc_uncorrected=2), {}),
+    ("gpu-xid", DGX, _xids(Xid(79), Xid(31)), {}),
     ("gpu-throttled", DGX, _gpu(3, throttle_reasons=("hw-thermal-slowdown",)), {}),
     ("gpu-mig", DGX, _gpu(3, is_mig=True), {}),
     ("nvlink-down", DGX, _and(_all_gpus(num_nvlinks_active=12), _gpu(3, num_nvlinks_active=11)), {}),

@@ -19,6 +19,7 @@ from launcher.fabric.findings import Severity, findings
 from launcher.fabric.probe import probe
 from launcher.fabric.probe_devices import acs_redirect, place_in_tree
 from launcher.fabric.probe_gpus import bus_id, nvlink_domain, read_nvml
+from launcher.fabric.probe_kernel_log import read_xids
 from launcher.fabric.root import Root
 from launcher.fabric.rules import GangRequest, environment
 from tests.launcher.fabric.machines import facts_of, give_address, lay_out
@@ -312,6 +313,38 @@ def test_the_nvlink_domain_is_one_question() -> None:
             return super().__getattr__(name)
 
     assert nvlink_domain(NoFabric()) is None
+
+
+KERNEL_LOG = """\
+6,1,100,-;Linux version 6.8.0
+3,2,200,-;NVRM: Xid (PCI:0000:0f:00): 79, pid='<unknown>', name=<unknown>, GPU has fallen off the bus.
+3,3,300,-;NVRM: Xid (PCI:0001:00:00): 31, pid=71, name=python, Ch 00000008, MMU Fault
+3,4,400,-;NVRM: Xid (garbage): 74
+"""
+
+
+def test_what_the_kernels_log_says_of_gpus_is_a_fact_and_the_hardwares_errors_are_a_finding(tmp_path: Path) -> None:
+    """Xid 79 in yesterday's log explains today's missing GPU; a program's own fault (31) accuses no hardware."""
+    layout = lay_out("dgx-a100", tmp_path)
+    layout.write("dev/kmsg", KERNEL_LOG)
+    facts = layout.probe()
+    assert facts.xids is not None
+    assert [(xid.code, xid.pci) for xid in facts.xids] == [(79, "0000:0f:00.0"), (31, "0001:00:00.0"), (74, None)]
+    found = [item.evidence for item in findings([facts], request=GangRequest()) if item.id == "gpu-xid"]
+    assert len(found) == 2
+    assert "Xid 74 (NVLink error) 1 times" in found[0]
+    assert "Xid 79 (the GPU has fallen off the bus)" in found[1]
+    assert "GPU 0" in found[1], "that one, by its address"
+
+
+def test_a_log_that_may_not_be_read_is_unknown(tmp_path: Path) -> None:
+    assert lay_out("dgx-a100", tmp_path).probe().xids is None
+
+
+def test_the_log_of_this_machine_is_read_without_waiting() -> None:
+    """Reading it blocks at its end; a survey that waits for the next message of the kernel would wait for ever."""
+    xids = read_xids(Root("/"))
+    assert xids is None or all(xid.code > 0 for xid in xids)
 
 
 def test_a_machine_without_nvml_says_why() -> None:

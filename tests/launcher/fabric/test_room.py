@@ -16,6 +16,7 @@ SHELL = {
     "probe_devices",
     "probe_gpus",
     "probe_host",
+    "probe_kernel_log",
     "root",
     "peer",
     "serve",
