@@ -83,7 +83,9 @@ class Site:
         def run() -> None:
             labels = {"batch.kubernetes.io/job-name": self.name}
             fake.put("pods", {"kind": "Pod", "metadata": {"name": pod, "namespace": NAMESPACE, "labels": labels}})
-            fake.log(pod, *(f"2026-01-01T00:00:{idx // 100:02}.{idx % 100 // 4:03}Z step {idx}" for idx in range(lines)))
+            fake.log(
+                pod, *(f"2026-01-01T00:00:{idx // 100:02}.{idx % 100 // 4:03}Z step {idx}" for idx in range(lines))
+            )
             fake.logs[pod].cut_after_bytes = list(cuts)
             fake.set_status(self.name, NAMESPACE, jobDeploymentStatus="Running", jobStatus="RUNNING")
 
@@ -98,7 +100,9 @@ class Site:
 
         fake.when("GET", "rayjobs", "watch=true", then=run)
         fake.when("GET", "/log", count=len(cuts) + 1, then=end)
-        for count in range(2, len(cuts) + 3):  # something happens, so that the follower, whose log was cut, goes on at once
+        for count in range(
+            2, len(cuts) + 3
+        ):  # something happens, so that the follower, whose log was cut, goes on at once
             fake.when("GET", "rayjobs", "watch=true", count=count, then=self._touch)
 
     def _touch(self) -> None:

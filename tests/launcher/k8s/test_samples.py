@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import yaml
+from prometheus_client import CollectorRegistry, generate_latest
 
-from cache.daemon.metrics import COUNTERS, GAUGES, READERS
+from cache.daemon.metrics import COUNTERS, GAUGES, _DaemonCollector
+from cache.residency.health import Health
 from launcher.cli import main
 from launcher.k8s import client
 from launcher.k8s.names import suggest_name
@@ -82,19 +84,47 @@ def test_a_daemonset_job_looks_for_the_socket_where_the_daemonset_makes_it() -> 
     assert f"{folder}/{Path(told).name}" == socket
 
 
+class AnyDaemon:
+    """A daemon that has counted nothing yet."""
+
+    def status(self) -> dict[str, Any]:
+        disk = {"disk": {"state": Health.OK.value}}
+        return {**dict.fromkeys(GAUGES, 0), **disk, "counters": dict.fromkeys(COUNTERS, 0), "readers": {}}
+
+
+def exported() -> dict[str, set[str]]:
+    """Every metric that a cache exports, as Prometheus sees it, and the values of its label `state`."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_DaemonCollector(AnyDaemon()))
+    found: dict[str, set[str]] = {}
+    for name, state in re.findall(r'^(\w+)(?:\{state="(.*)"\})? ', generate_latest(registry).decode(), re.MULTILINE):
+        found.setdefault(name, set()).update({state} - {""})
+    return found
+
+
+def asked() -> str:
+    return (K8S / "monitoring" / "dashboard.json").read_text().replace('\\"', '"') + (
+        K8S / "monitoring" / "alerts.yaml"
+    ).read_text()
+
+
 def test_every_metric_that_an_alert_or_the_dashboard_asks_for_is_one_that_the_cache_has() -> None:
     """A misspelt one gives an empty graph, and an alert that never fires."""
+    assert json.loads((K8S / "monitoring" / "dashboard.json").read_text())["panels"]
+    names = set(re.findall(r"railhead_cache_\w+", asked()))
+    assert names and names <= exported().keys()
 
-    def seconds(name: str) -> str:
-        return re.sub(r"_s$", "_seconds", name)
 
-    known = {f"railhead_cache_{seconds(name)}" for name in GAUGES}
-    known |= {f"railhead_cache_{seconds(name)}_total" for name in COUNTERS}
-    known |= {f"railhead_cache_reader_{seconds(name)}_total" for name in READERS}
-    dashboard = (K8S / "monitoring" / "dashboard.json").read_text()
-    assert json.loads(dashboard)["panels"]
-    asked = set(re.findall(r"railhead_cache_\w+", dashboard + (K8S / "monitoring" / "alerts.yaml").read_text()))
-    assert asked and asked <= known
+def test_every_state_of_the_disk_that_an_alert_names_is_one_and_each_but_ok_has_an_alert() -> None:
+    known = exported()["railhead_cache_disk_state"]
+    named = {
+        state
+        for found in re.findall(
+            r'railhead_cache_disk_state\{state=~?"([^"]+)"', (K8S / "monitoring" / "alerts.yaml").read_text()
+        )
+        for state in found.split("|")
+    }
+    assert named == known - {"ok"}
 
 
 def test_the_ray_that_manifests_name_is_the_one_in_the_image() -> None:
