@@ -40,6 +40,8 @@ from launcher.gang.events import (
     Output,
     OutputEnded,
     PlacementWaiting,
+    RankExited,
+    RankHung,
     ReportCollateral,
     ReportFailure,
     StartRanks,
@@ -50,9 +52,10 @@ from launcher.gang.events import (
 )
 from launcher.gang.history import Rules
 from launcher.gang.masking import masked_args
-from launcher.gang.observations import NodeProgress
+from launcher.gang.observations import NodeProgress, StacksTaken
 from launcher.gang.world import World
 from launcher.journal import FileJournal, JobBegan, JobEnded
+from launcher.monitor import Monitor, Say, TakeStacks
 from launcher.noting import ProgressNotes
 from launcher.report.display import Display, is_coloured
 from launcher.spec import JobSpec
@@ -157,6 +160,7 @@ class Controller:
         self._notes = ProgressNotes()
         self._display = display
         self._exclusions = exclusions or ExclusionFile(NOWHERE, clock.wall_s)
+        self._monitor = Monitor(spec, run_dir)
 
     def run(self) -> int:
         """To the end of the job; returns the exit code."""
@@ -185,9 +189,8 @@ class Controller:
             if isinstance(event, OutputEnded):
                 self._output_ended.add((event.attempt, event.node_id))
                 continue
-            if isinstance(event, NodeProgress):
-                self._notes.see(event)  # every second, so the journal gets less of it
-                self._note_progress()
+            if isinstance(event, NodeProgress | StacksTaken):
+                self._look(event)
                 continue
             self._journal.record(event)
             if isinstance(event, FabricSurveyed):
@@ -201,6 +204,8 @@ class Controller:
             if isinstance(event, PlacementWaiting | CacheServing | CacheFailed | FabricFound | Notice):
                 self._console.say(messages.notice(event, self._state.history.world))
                 continue
+            if isinstance(event, RankExited):
+                self._monitor.exited(event)
             if isinstance(event, AttemptEnded):
                 self._ended.add((event.attempt, event.node_id))
             # What is reported happened in the world before the step; after it another one may have begun already.
@@ -208,6 +213,27 @@ class Controller:
             self._state, actions = machine.step(self._state, event, self._clock.monotonic_s())
             self._perform(actions, world)
         return self._state
+
+    def _look(self, event: NodeProgress | StacksTaken) -> None:
+        """What is seen of ranks comes every second, so the journal gets less of it."""
+        if isinstance(event, StacksTaken):
+            self._journal.record(event)
+        else:
+            self._notes.see(event)
+        for effect in self._monitor.see(event, self._clock.monotonic_s()):
+            match effect:
+                case TakeStacks(attempt=attempt, look=look, is_final=is_final):
+                    world = self._state.history.world
+                    for node_id in world.node_ids() if world else ():
+                        self._cluster.node(node_id).take_stacks(attempt, look, is_final)
+                case Say(text=text):
+                    self._console.say(text)
+                case RankHung():
+                    self.events.put(effect)
+                case _:
+                    self._journal.record(effect)
+        self._notes.stragglers, self._notes.hung = self._monitor.health.stragglers, self._monitor.health.hung
+        self._note_progress()
 
     def _note_progress(self, *, is_last: bool = False) -> None:
         now = self._clock.monotonic_s()
@@ -264,8 +290,10 @@ class Controller:
                         self._cluster.node(node_id).start_ranks(plan)
                     self._checkup.started(plan.world)
                     self._notes.begin(plan.attempt, plan.world, self._clock.monotonic_s())
+                    self._monitor.begin(plan.attempt, plan.world)
                 case StopAttempt(attempt, node_id, grace_s, signum, can_save):
                     self._notes.stop()
+                    self._monitor.stop()
                     self._cluster.node(node_id).stop_attempt(attempt, grace_s, signum, can_save)
                 case Announce(text=text):
                     self._console.say(text)

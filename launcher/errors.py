@@ -29,6 +29,8 @@ EXIT_CRASH_LOOP = 78
 """EX_CONFIG: so many attempts in a row failed without progress that the next would as well. Trying again does not help."""
 EXIT_RESUMABLE = 79
 """The job was told to stop and every rank has saved its state (`launcher.preemption`); such a rank ends with it, too. Run it again."""
+EXIT_HUNG = 80
+"""The job did not get on and would not have by itself, and no restart was left or wanted (`--on-hang`). (sysexits.h ends at 78.)"""
 EXIT_SIGNAL_BASE = 128
 """128 + signal number: 130 after SIGINT, 143 after SIGTERM to the launcher; also for a rank that died by a signal."""
 

@@ -17,6 +17,7 @@ from launcher.gang.events import (
     Notices,
     PlacementWaiting,
     RankExited,
+    RankHung,
 )
 from launcher.gang.sayings import some_ranks
 from launcher.gang.world import World
@@ -41,6 +42,8 @@ def failure_line(failure: Failure, world: World | None, max_cause: int = 2000) -
     match failure:
         case RankExited(rank=rank, stderr_log=log):
             return f"rank {rank} on {host} failed: {cause(failure, max_cause)}" + (f"; log {log}" if log else "")
+        case RankHung(rank=rank, reason=reason):
+            return f"rank {rank} on {host} hangs: {reason}" if rank is not None else f"the job hangs: {reason}"
         case NodeFailed(reason=reason):
             return f"node {host} failed: {reason}"
         case NodeLost(reason=reason):

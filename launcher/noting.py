@@ -5,6 +5,8 @@ Pure but for what it remembers; called from the controller's thread only.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from launcher.gang.observations import NodeProgress, RankSample
 from launcher.gang.tally import GangProgress, tally
 from launcher.gang.world import World
@@ -27,6 +29,9 @@ class ProgressNotes:
         self._next_s = 0.0
         self._next_look_s = 0.0
         self._has_stepped = False
+        self.stragglers: Sequence[int] = ()
+        self.hung: Sequence[int] = ()
+        """Who is named now, as the monitor says."""
 
     def begin(self, attempt: int, world: World, now: float) -> None:
         """The ranks of this attempt are about to start."""
@@ -56,7 +61,7 @@ class ProgressNotes:
         if self._attempt < 0 or not self._of_node:
             return None
         samples = [sample for of_node in self._of_node.values() for sample in of_node]
-        return tally(self._attempt, self._num_ranks, samples)
+        return tally(self._attempt, self._num_ranks, samples, self.stragglers, self.hung)
 
     def is_due(self, progress: GangProgress, now: float) -> bool:
         """Whether the journal shall have it. The first steps of an attempt are noted at once: they end what a start costs."""

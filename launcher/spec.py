@@ -61,6 +61,17 @@ class ProgressDisplay(enum.Enum):
     OFF = "off"
 
 
+class OnHang(enum.Enum):
+    """What follows when a job does not get on (`--on-hang`)."""
+
+    RESTART = "restart"
+    """As after a failure: a new attempt, if the budget has one."""
+    STOP = "stop"
+    """The job ends."""
+    REPORT = "report"
+    """It is said, with stacks, and left alone."""
+
+
 class Stream(enum.IntFlag):
     """Standard streams of a rank, with torchrun's numbers (`-r 3` means both)."""
 
@@ -242,6 +253,9 @@ class JobSpec:
     """Measure the nodes and the network between them before the first attempt, and leave out who is slow (`--preflight`)."""
     shutdown_timeout_s: float = DEFAULT_SHUTDOWN_TIMEOUT_S
     """Between the signal to the ranks and SIGKILL (torchrun's default)."""
+    on_hang: OnHang = OnHang.RESTART
+    hang_timeout_s: float | None = None
+    """How long a job may stand still. None: learnt from its own steps (`gang/health.py`). inf: it is not watched for that."""
     place_timeout_s: float = DEFAULT_PLACE_TIMEOUT_S
     """How long to wait for resources that may still come (an autoscaler, another job's end). What can never fit is refused at once."""
     signals_to_handle: tuple[str, ...] = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
@@ -298,5 +312,10 @@ class JobSpec:
             )
         if self.bind not in BINDINGS:
             raise SpecError(f"--bind {self.bind}: expected {', '.join(BINDINGS)}")
+        if self.hang_timeout_s is not None and not self.hang_timeout_s >= 1:
+            raise SpecError(
+                f"--hang-timeout {self.hang_timeout_s:g} is less than a second",
+                advice="give seconds (well above the longest step), auto or off",
+            )
         if self.shutdown_timeout_s < 0:
             raise SpecError(f"--shutdown-timeout {self.shutdown_timeout_s:g} is negative", advice="0 kills at once")

@@ -47,6 +47,11 @@ class NodeHandle(Protocol):
         can only shorten the grace. On the logs' road an OutputEnded follows, when all shown output of the attempt has been handed on."""
         ...
 
+    def take_stacks(self, attempt: int, look: int, is_final: bool) -> None:
+        """Looks where the ranks that are alive here stand. Answered by StacksTaken, or not at all if none is alive. `is_final`: with
+        native frames as well, in files."""
+        ...
+
 
 class Cluster(Protocol):
     """Where nodes come from."""

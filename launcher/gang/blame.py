@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 
 from launcher.exclusion import Cause
-from launcher.gang.events import BlameNode, Failure, NodeFailed, NodeLost, RankExited
+from launcher.gang.events import BlameNode, Failure, NodeFailed, NodeLost, RankExited, RankHung
 from launcher.gang.history import History
 
 _MAX_REASON = 160
@@ -43,6 +43,8 @@ def blame(history: History, root: Failure) -> BlameNode | None:
         case RankExited():
             words = broken_hardware(root)
             return BlameNode(node.hostname, Cause.HARDWARE, _short(words)) if words else None
+        case RankHung():
+            return None  # a lock of the program holds up a job more often than a node does
 
 
 def broken_hardware(failure: RankExited) -> str:

@@ -11,7 +11,7 @@ import re
 import signal
 from dataclasses import replace
 
-from launcher.gang.events import ExceptionRecord, Failure, NodeFailed, NodeLost, RankExited
+from launcher.gang.events import ExceptionRecord, Failure, NodeFailed, NodeLost, RankExited, RankHung
 from launcher.gang.sayings import some_ranks
 
 _OUR_SIGNALS = (signal.SIGTERM, signal.SIGKILL)
@@ -47,6 +47,7 @@ class Kind(enum.Enum):
     OUT_OF_MEMORY = "killed for memory"
     LOST_PEER = "lost its peer"
     STOPPED = "stopped by the launcher"
+    HUNG = "hung"
     NODE_FAILED = "node failed"
     NODE_LOST = "node lost"
 
@@ -57,6 +58,8 @@ CRASHES = frozenset({signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL
 
 def kind(failure: Failure) -> Kind:
     match failure:
+        case RankHung():
+            return Kind.HUNG
         case NodeFailed():
             return Kind.NODE_FAILED
         case NodeLost():

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from launcher.errors import EXIT_SIGNAL_BASE
 from launcher.exclusion import Cause
-from launcher.gang.observations import NodeProgress
+from launcher.gang.observations import NodeProgress, StacksTaken
 from launcher.gang.world import NodeInfo, World
 from launcher.spec import Stream
 
@@ -195,6 +195,20 @@ class NodeDraining:
 
 
 @dataclass(frozen=True)
+class RankHung:
+    """The job does not get on, and will not: `gang.health` has decided so. Its ranks are alive."""
+
+    attempt: int
+    node_id: str
+    rank: int | None
+    """Whose doing it is; None: nobody stands out."""
+    reason: str
+    at_s: float
+    may_restart: bool = True
+    """False: the user wants the job ended (`--on-hang stop`)."""
+
+
+@dataclass(frozen=True)
 class StopRequested:
     """The launcher's own process was sent this signal."""
 
@@ -217,6 +231,7 @@ Fact = (
     | NodeLost
     | NodeJoined
     | NodeDraining
+    | RankHung
     | StopRequested
     | Tick
 )
@@ -316,7 +331,7 @@ class ClusterLost:
     reason: str
 
 
-Event = Fact | Notices | FabricSurveyed | TransportSeen | NodeProgress | ClusterLost
+Event = Fact | Notices | FabricSurveyed | TransportSeen | NodeProgress | StacksTaken | ClusterLost
 
 
 @dataclass(frozen=True)
@@ -442,5 +457,5 @@ Action = (
     | BlameNode
     | Finish
 )
-Failure = RankExited | NodeFailed | NodeLost
+Failure = RankExited | NodeFailed | NodeLost | RankHung
 """What can make an attempt fail. All have `at_s`."""

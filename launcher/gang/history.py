@@ -9,7 +9,17 @@ import enum
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from launcher.gang.events import Action, Announce, Fact, Failure, NodeDraining, NodeJoined, NodeLost, RankExited
+from launcher.gang.events import (
+    Action,
+    Announce,
+    Fact,
+    Failure,
+    NodeDraining,
+    NodeJoined,
+    NodeLost,
+    RankExited,
+    RankHung,
+)
 from launcher.gang.sayings import in_time
 from launcher.gang.world import NodeInfo, World, arrange
 from launcher.spec import DEFAULT_GROW_DELAY_S, RestartBudget
@@ -77,10 +87,12 @@ class History:
         return tuple(node for node in held if node.node_id not in lost and node.node_id not in self.draining)
 
     def num_gone_with(self, failure: Failure, good: int) -> int:
-        """Ranks that ran and have gone with it. good: those that had ended well before, as bits."""
+        """Ranks that ran and have gone with it, or hold up the others. good: those that had ended well before, as bits."""
         if isinstance(failure, NodeLost) and self.world is not None:
             return sum(not good >> member.rank & 1 for member in self.world.members_of(failure.node_id))
-        return 1 if isinstance(failure, RankExited) else 0
+        return (
+            1 if isinstance(failure, RankExited) or (isinstance(failure, RankHung) and failure.rank is not None) else 0
+        )
 
     def can_grow(self) -> bool:
         """Whether a spare could have ranks that the world has no place for now."""

@@ -36,6 +36,7 @@ from launcher.gang.events import (
     OpenStore,
     PlacementRefused,
     RankExited,
+    RankHung,
     RanksStarted,
     ReportCollateral,
     ReportFailure,
@@ -123,7 +124,7 @@ class Running:
                     stopping = Stopping(self.history, StopCause.SUCCESS, now + STOP_MARGIN_S, good=good)
                     return stopping, _kill_actions(stopping)
                 return replace(self, good=good), ()
-            case RankExited() | NodeFailed() | NodeLost():
+            case RankExited() | NodeFailed() | NodeLost() | RankHung():
                 failure = with_who_left_early(event, self.good) if is_secondhand(event) else event
                 return _stop_failed(
                     self.history, failure, now, self._num_running() - self.history.num_gone_with(event, self.good)
@@ -191,7 +192,7 @@ class Stopping:
                 return self.tell()
             case Tick() if now >= self.deadline_s:
                 return self._give_up_on_silent_nodes(now)
-            case RanksStarted() | StoreOpened() | NodeJoined() | NodeDraining() | Tick():
+            case RanksStarted() | StoreOpened() | RankHung() | NodeJoined() | NodeDraining() | Tick():
                 return stay(self)
         raise _unexpected(self, event)
 
@@ -254,7 +255,7 @@ class BackingOff:
                 return replace(self, lost=self.lost | {node_id}), ()
             case StopRequested(signum=signum):
                 return _end_interrupted(self.history, signum)
-            case NodeJoined() | NodeDraining() | Tick():
+            case RankHung() | NodeJoined() | NodeDraining() | Tick():
                 return stay(self)
         raise _unexpected(self, event)
 
@@ -360,7 +361,7 @@ def _kill_actions(stopping: Stopping) -> Sequence[Action]:
 
 def _stop_failed(history: History, failure: Failure, now: float, num_others: int) -> Move:
     """`num_others`: ranks that run besides the one that failed."""
-    grace_s = history.rules.grace_s
+    grace_s = policy.grace_after(failure, history.rules.grace_s)
     lost = frozenset({failure.node_id}) if isinstance(failure, NodeLost) else frozenset()
     deadline_s = now + grace_s + STOP_MARGIN_S
     said = stopping_others(num_others, _SIGTERM, grace_s)

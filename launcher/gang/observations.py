@@ -34,11 +34,14 @@ class RankSample:
     """As the script has told us: optimizer steps to the end of the job, and how many of them were done before this attempt."""
     done_steps: int = 0
     state: str = "?"
-    """Of its main process, as in /proc/PID/stat: R runs, S sleeps, D waits for a device, T is stopped."""
+    """Of its main process, as in /proc/PID/stat: R runs, S sleeps, D waits for a device, T is stopped, t is traced by a debugger."""
     cpu_s: float = 0.0
-    """CPU time of the rank with its descendants so far."""
+    """CPU time of its main process so far."""
     io_bytes: int = 0
-    """Bytes that they have read and written so far, files and pipes."""
+    """Bytes that it has read and written so far, files and pipes."""
+    child_cpu_s: float | None = None
+    """The same of all that it has started (data loaders, compilers). None: not looked at, because it gets on."""
+    child_io_bytes: int | None = None
 
     @property
     def quiet_s(self) -> float:
@@ -69,6 +72,8 @@ class RankStack:
     """`py-spy`, `faulthandler`, or why there is none."""
     path: str = ""
     """File on the node with the stacks of all its threads."""
+    work: str = ""
+    """What it is known to take its time for (`work.known_work`); empty if nothing is known."""
 
 
 @dataclass(frozen=True)

@@ -6,15 +6,24 @@ import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from launcher.errors import EXIT_CRASH_LOOP, EXIT_NODE_LOST, EXIT_REFUSED, EXIT_RESUMABLE, EXIT_SIGNAL_BASE
+from launcher.errors import (
+    EXIT_CRASH_LOOP,
+    EXIT_HUNG,
+    EXIT_NODE_LOST,
+    EXIT_REFUSED,
+    EXIT_RESUMABLE,
+    EXIT_SIGNAL_BASE,
+)
 from launcher.gang.causes import died_of_us, is_secondhand
-from launcher.gang.events import Failure, NodeLost, RankExited
+from launcher.gang.events import Failure, NodeLost, RankExited, RankHung
 from launcher.spec import RestartBudget
 
 _QUICK_S = 30.0
 """An attempt that lived shorter than this may fail again at once, so the next but one waits."""
 _FIRST_DELAY_S = 0.5
 _MAX_DELAY_S = 10.0
+_HUNG_GRACE_S = 5.0
+"""A gang that stands still cannot save anything together: waiting longer helps nobody."""
 _OUR_SIGNALS = (signal.SIGTERM, signal.SIGKILL)
 
 
@@ -52,8 +61,15 @@ def root_cause(failures: Sequence[Failure]) -> Failure:
 
 
 def exit_code_of(failure: Failure) -> int:
-    """The rank's own code, 128 + n for a signal; EXIT_NODE_LOST for what was not a rank's doing."""
+    """The rank's own code, 128 + n for a signal; EXIT_HUNG; EXIT_NODE_LOST for what was not a rank's doing."""
+    if isinstance(failure, RankHung):
+        return EXIT_HUNG
     return failure.status.exit_code if isinstance(failure, RankExited) else EXIT_NODE_LOST
+
+
+def grace_after(failure: Failure, grace_s: float) -> float:
+    """How long the others have to end."""
+    return min(grace_s, _HUNG_GRACE_S) if isinstance(failure, RankHung) else grace_s
 
 
 def after_failure(
@@ -65,6 +81,8 @@ def after_failure(
         return GiveUp(exit_code_of(root), f"no restart: {signal.Signals(interrupted_by).name} was sent to the launcher")
     if is_free:
         return Restart(0.0, "restart with a spare node, at no cost to --max-restarts")
+    if isinstance(root, RankHung) and not root.may_restart:
+        return GiveUp(EXIT_HUNG, "no restart: --on-hang stop")
     if budget.max_restarts == 0:
         return GiveUp(exit_code_of(root), "no restart: --max-restarts is 0")
     if num_restarts >= budget.max_restarts:

@@ -31,6 +31,7 @@ from launcher.gang.events import (
     Output,
     OutputEnded,
 )
+from launcher.gang.patience import look_every_s
 from launcher.gang.world import NodeInfo
 from launcher.node import strays
 from launcher.node.cache_child import CacheChild
@@ -46,8 +47,6 @@ _CLOSE_TIMEOUT_S = 8.0
 _CACHE_AGAIN_MAX_S = 60.0
 """A cache daemon that keeps dying is started again more and more seldom: after 1, 2, 4 … s, and then once a minute."""
 _DISK_CHECK_S = 5.0
-_PROGRESS_S = 1.0
-"""How often the pages of the ranks are looked at: what a person calls at once, and a thousandth of a core."""
 _STRAY_SWEEP_S = 0.5
 """After a guardian's death, strays appear as the kernel kills their parents: sweep until there was none for this long."""
 
@@ -92,6 +91,7 @@ class NodeAgent:
         self._next_disk_check_s = 0.0
         self._has_told_of_disk = False
         self._next_progress_s = 0.0
+        self._progress_every_s = look_every_s(spec.hang_timeout_s)
         self._is_closing = False
         self._commands: collections.deque[Callable[[], None]] = collections.deque()
         self._watched: set[GuardedProcess] = set()
@@ -148,6 +148,15 @@ class NodeAgent:
                 self._cache.tell_peers(addresses)
 
         self._post(tell)
+
+    def take_stacks(self, attempt: int, look: int, is_final: bool) -> None:
+        """Answered by StacksTaken when the stacks are on disk."""
+
+        def take() -> None:
+            if self._attempt is not None and self._attempt.number == attempt:
+                self._attempt.take_stacks(look, is_final)
+
+        self._post(take)
 
     def close(self) -> None:
         """Kills what is left of any attempt, drains the cache daemon (2 s), ends the threads. Blocks at most some seconds; idempotent."""
@@ -233,7 +242,7 @@ class NodeAgent:
     def _look_at_progress(self) -> None:
         now = time.monotonic()
         if self._attempt is not None and now >= self._next_progress_s:
-            self._next_progress_s = now + _PROGRESS_S
+            self._next_progress_s = now + self._progress_every_s
             progress = self._attempt.progress()
             if progress is not None:
                 self._on_event(progress)

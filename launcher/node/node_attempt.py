@@ -25,17 +25,17 @@ from launcher.gang.events import (
     StoreAddress,
     StoreOpened,
 )
-from launcher.gang.observations import NodeProgress
+from launcher.gang.observations import NodeProgress, RankStack, StacksTaken
 from launcher.gang.rank_env import RankPlaces, Setting
 from launcher.gang.world import Member, NodeInfo
-from launcher.node import store
+from launcher.node import stacks, store
 from launcher.node.failure import Left, last_lines, what_was_left
 from launcher.node.follow import LogFollower, Source
 from launcher.node.forking import ForkServer, ForkServers
 from launcher.node.guarded import Exited, Gone, GuardedProcess, NeverBorn, Report, Started, StartFailed
 from launcher.node.memory_kills import MemoryKills
 from launcher.node.nccl_logs import NcclLogs, NcclPaths
-from launcher.node.pages import RankPage
+from launcher.node.pages import RankPage, is_stopped
 from launcher.node.rank_process import RankFiles, RankStarter
 from launcher.node.survey import Survey
 from launcher.preemption import MARKER
@@ -151,6 +151,16 @@ class NodeAttempt:
         )
         return NodeProgress(self.number, self._node.node_id, time.time(), samples) if samples else None
 
+    def take_stacks(self, look: int, is_final: bool) -> None:
+        """Where the ranks stand. Returns at once; StacksTaken follows."""
+        pids = {rank: process.pid for rank, process in self._ranks.items() if process.pid and process.status is None}
+
+        def tell(taken: tuple[RankStack, ...]) -> None:
+            self._on_event(StacksTaken(self.number, self._node.node_id, look, taken, is_final))
+
+        if pids:
+            stacks.take(pids, self._directory, is_final, tell)
+
     def _start_rank(
         self,
         member: Member,
@@ -172,7 +182,8 @@ class NodeAttempt:
     def stop(self, grace_s: float, signum: int, can_save: bool = False) -> None:
         self._is_stopping, self._can_save = True, can_save
         for rank, process in self._ranks.items():
-            if not can_save and os.path.exists(os.path.join(self._rank_directory(rank), MARKER)):
+            marked = os.path.exists(os.path.join(self._rank_directory(rank), MARKER))
+            if not can_save and (marked or (process.pid and is_stopped(process.pid))):
                 process.stop(0.0, signal.SIGKILL)
             else:
                 process.stop(grace_s, signum)

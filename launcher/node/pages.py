@@ -44,16 +44,26 @@ class RankPage:
 
     def sample(self, pid: int) -> RankSample:
         """How the rank is now. `pid`: its main process."""
-        state, cpu_s = _stat(pid)
+        state, cpu_s, child_cpu_s = _stat(pid)
         io_bytes = _io_bytes(pid)
         now_ns = time.monotonic_ns()
         known = self._read(now_ns)
-        sample = RankSample(self._rank, time.monotonic() - self._began_s, state=state, **known)  # type: ignore[arg-type]
-        if sample.quiet_s > _QUIET_S:
-            for descendant in _descendants(pid):
-                cpu_s += _stat(descendant)[1]
-                io_bytes += _io_bytes(descendant)
-        return replace(sample, cpu_s=cpu_s, io_bytes=io_bytes)
+        sample = RankSample(
+            self._rank,
+            time.monotonic() - self._began_s,
+            state=state,
+            cpu_s=cpu_s,
+            io_bytes=io_bytes,
+            **known,  # type: ignore[arg-type]
+        )
+        if sample.quiet_s <= _QUIET_S:
+            return sample
+        child_io_bytes = 0
+        for descendant in _descendants(pid):
+            _, own_s, ended_s = _stat(descendant)
+            child_cpu_s += own_s + ended_s
+            child_io_bytes += _io_bytes(descendant)
+        return replace(sample, child_cpu_s=child_cpu_s, child_io_bytes=child_io_bytes)
 
     def steps(self) -> int | None:
         """Optimizer steps so far, also of a rank that is dead."""
@@ -103,15 +113,21 @@ def read_page(page: progress.Page, now_ns: int) -> dict[str, object]:
     return known
 
 
-def _stat(pid: int) -> tuple[str, float]:
-    """State and CPU seconds, those of ended children included; ("?", 0) if it is gone."""
+def is_stopped(pid: int) -> bool:
+    """Whether it hears no signal but SIGKILL and SIGCONT."""
+    return _stat(pid)[0] == "T"
+
+
+def _stat(pid: int) -> tuple[str, float, float]:
+    """State, CPU seconds, and those of children that have ended; ("?", 0, 0) if it is gone."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             # The second field is the program's name in parentheses and may hold anything.
             fields = file.read().rpartition(b")")[2].split()
     except OSError:
-        return "?", 0.0
-    return fields[0].decode(), sum(int(field) for field in fields[11:15]) / _TICKS_PER_S
+        return "?", 0.0, 0.0
+    own, ended = (sum(int(field) for field in fields[low : low + 2]) / _TICKS_PER_S for low in (11, 13))
+    return fields[0].decode(), own, ended
 
 
 def _io_bytes(pid: int) -> int:

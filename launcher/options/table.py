@@ -188,6 +188,20 @@ OPTIONS: tuple[Option, ...] = (
         "SECONDS",
     ),
     Option(
+        "hang-timeout",
+        FAILURE,
+        "How long a job may stand still until it is taken for hung. auto: learnt from its own steps. off: it is not watched. [auto]",
+        "auto|off|SECONDS",
+        is_ours=True,
+    ),
+    Option(
+        "on-hang",
+        FAILURE,
+        "What follows: restart (as after a failure, within --max-restarts), stop, or report and leave it alone. [restart]",
+        "restart|stop|report",
+        is_ours=True,
+    ),
+    Option(
         "signals-to-handle",
         FAILURE,
         "Signals that stop the job; ranks get the same one. [SIGTERM,SIGINT,SIGHUP,SIGQUIT]",

@@ -6,7 +6,7 @@ import math
 import re
 import signal
 
-from launcher.spec import BINDINGS, CACHE_PEERS, ProgressDisplay, StartMethod, Stream, StreamChoice
+from launcher.spec import BINDINGS, CACHE_PEERS, OnHang, ProgressDisplay, StartMethod, Stream, StreamChoice
 
 PROCS_WISHES = ("auto", "gpu", "cpu")
 
@@ -40,6 +40,30 @@ def parse_progress(text: str) -> ProgressDisplay:
         return ProgressDisplay(text)
     except ValueError:
         raise ValueError(", ".join(each.value for each in ProgressDisplay)) from None
+
+
+def parse_hang_timeout(text: str) -> float | None:
+    """`--hang-timeout`: None for auto, inf for off.
+
+    >>> parse_hang_timeout("auto"), parse_hang_timeout("off"), parse_hang_timeout("90")
+    (None, inf, 90.0)
+    """
+    if text in ("auto", "none"):
+        return None
+    if text in ("off", "inf"):
+        return math.inf
+    try:
+        return parse_amount(text)
+    except ValueError:
+        raise ValueError("auto, off, or seconds") from None
+
+
+def parse_on_hang(text: str) -> OnHang:
+    """`--on-hang`."""
+    try:
+        return OnHang(text)
+    except ValueError:
+        raise ValueError(", ".join(each.value for each in OnHang)) from None
 
 
 def parse_nodes(text: str) -> tuple[int, int]:

@@ -26,6 +26,7 @@ from launcher.gang.events import (
     StoreAddress,
     StoreOpened,
 )
+from launcher.gang.observations import RankStack, StacksTaken
 from launcher.gang.world import Member, NodeInfo
 from launcher.spec import JobSpec, Stream
 
@@ -90,6 +91,12 @@ class FakeNode:
             self._has_store = False
             self._cluster.put(AttemptEnded(attempt, self.info.node_id))
             self._cluster.put_log(OutputEnded(attempt, self.info.node_id))
+
+    def take_stacks(self, attempt: int, look: int, is_final: bool) -> None:
+        self.commands.append(f"take_stacks {attempt} {look}" + (" final" if is_final else ""))
+        if self._answers() and self._alive:
+            stacks = tuple(RankStack(rank, (f"{word} (train.py:1)",)) for rank, (_, _, word) in self._alive.items())
+            self._cluster.put(StacksTaken(attempt, self.info.node_id, look, stacks, is_final))
 
     def exit(self, rank: int, status: ExitStatus) -> None:
         """The rank ends; a test's way to let something happen."""

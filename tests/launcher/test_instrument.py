@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from launcher.node import progress
@@ -31,6 +31,7 @@ def observed(tmp_path: Path) -> Iterator[Observed]:
 NUMBERS = st.integers(0, 2**63)
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.tuples(NUMBERS, NUMBERS, NUMBERS, NUMBERS, NUMBERS, NUMBERS), min_size=1, max_size=5), st.data())
 def test_a_record_that_is_half_written_is_never_read(records: list[tuple[int, ...]], data: st.DataObject) -> None:
     """The writer may be stopped, or killed, between any two bytes; the last whole record is what counts."""

@@ -111,6 +111,9 @@ class AgentActor:
     def share_cache(self, addresses: tuple[str, ...]) -> None:
         self._send("share_cache", addresses)
 
+    def take_stacks(self, attempt: int, look: int, is_final: bool) -> None:
+        self._send("take_stacks", attempt, look, is_final)
+
     def close(self) -> None:
         """Ends everything on this node; blocks until it is done."""
         self._send("close")

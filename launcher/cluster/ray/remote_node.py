@@ -58,6 +58,9 @@ class RemoteNode:
         """Tells its cache daemon where the job's daemons are."""
         self._tell("share_cache", addresses)
 
+    def take_stacks(self, attempt: int, look: int, is_final: bool) -> None:
+        self._tell("take_stacks", attempt, look, is_final)
+
     def ask_to_close(self) -> Any:
         """Asks the agent to end everything; returns what `ray.wait` can wait for, or None. Nothing is delivered after this."""
         self._over.set()

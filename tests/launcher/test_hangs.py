@@ -1,0 +1,272 @@
+"""Hangs with real processes: who holds up the job is named, everybody's stacks are on disk, and then the policy holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.errors import EXIT_HUNG
+from launcher.gang.observations import RankStack
+from launcher.node import stacks
+from tests.launcher.launched import Launched, launch, wait_until
+from tests.raycluster import RayUnderTest, ray_environment
+
+# Each attempt hangs in a way of its own; the last one does not. Watched from the hang on: how fast this machine trains is not the question.
+HANGS = """
+import contextlib, os, signal, time, torch, torch.distributed as dist
+from launcher import pause_watch
+attempt, rank = int(os.environ["RAILHEAD_ATTEMPT"]), int(os.environ["RANK"])
+unwatched = contextlib.ExitStack()
+unwatched.enter_context(pause_watch())
+dist.init_process_group("gloo")
+model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(4, 4))
+optimizer = torch.optim.SGD(model.parameters(), 0.1)
+
+def train(num_steps):
+    for _ in range(num_steps):
+        model(torch.randn(4, 4)).sum().backward()
+        optimizer.step()
+
+def spin():
+    while True: pass
+
+def wait_elsewhere():
+    time.sleep(600)
+
+train(3)
+if attempt < 4: unwatched.close()
+if attempt == 0 and rank == 1: os.kill(os.getpid(), signal.SIGSTOP)
+if attempt == 1 and rank == 0: spin()
+if attempt == 2 and rank == 1: wait_elsewhere()
+if attempt == 3: dist.recv(torch.zeros(1), 1 - rank)
+train(3)
+"""
+
+
+@pytest.fixture(scope="module")
+def four_hangs(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """One job in five attempts: stopped, livelocked, gone elsewhere, all waiting for each other, and good."""
+    directory = tmp_path_factory.mktemp("hangs")
+    options = ["--nproc-per-node", "2", "--max-restarts", "4", "--hang-timeout", "1"]
+    with launch(directory, HANGS, *options) as launched:
+        code, _, err = launched.finish()
+        yield launched, code, err
+
+
+CASES = {
+    "stopped": (0, 1, "FROZEN", "is stopped (state T"),
+    "livelocked": (1, 0, "SPINNING", "spins in one place"),
+    "elsewhere": (2, 1, "AWAY", "stays in one place that is no collective"),
+    "all-waiting": (3, None, "ALL_WAIT", "all 2 ranks wait for each other"),
+}
+
+
+@pytest.mark.e2e
+@pytest.mark.timeout(180)
+@pytest.mark.xdist_group("hangs")
+@pytest.mark.parametrize(("attempt", "rank", "kind", "words"), CASES.values(), ids=list(CASES))
+def test_whoever_holds_up_the_job_is_named_with_stacks_on_disk_and_the_job_starts_again(
+    four_hangs: tuple[Launched, int, str], attempt: int, rank: int | None, kind: str, words: str
+) -> None:
+    launched, code, err = four_hangs
+    assert code == 0, err
+    hung = [entry for entry in launched.journal("RankHung") if entry.fields["attempt"] == attempt]
+    assert [entry.fields["rank"] for entry in hung] == [rank], err
+    names = [entry.fields["diagnosis"] for entry in launched.journal("Named")]
+    assert {"kind": kind, "culprits": [] if rank is None else [rank], "is_certain": True} in names, err
+    assert words in err
+    for each in range(2):
+        text = (launched.run_dir / f"attempt_{attempt}" / "stacks" / f"rank_{each}.txt").read_text()
+        assert "train.py" in text
+    assert f"restart {attempt + 1} of 4" in err
+
+
+@pytest.mark.e2e
+@pytest.mark.timeout(180)
+@pytest.mark.xdist_group("hangs")
+def test_the_odd_one_out_is_shown_first_with_where_it_stands(four_hangs: tuple[Launched, int, str]) -> None:
+    lines = four_hangs[2].splitlines()
+    (spins,) = [
+        idx for idx, line in enumerate(lines) if "rank 0 on" in line and "spins in one place, and 1 other" in line
+    ]
+    assert lines[spins + 1].startswith("  rank 0: spin (train.py:")
+    assert lines[spins + 2].startswith("  rank 1: _engine_run_backward (torch/autograd/graph.py:")
+
+
+@pytest.mark.ray
+@pytest.mark.xdist_group("ray")
+@pytest.mark.timeout(300)
+def test_on_ray_a_rank_of_another_node_is_named_with_its_host_and_all_stacks_are_on_disk(
+    ray_cluster: RayUnderTest, tmp_path: Path
+) -> None:
+    (tmp_path / "train.py").write_text(
+        HANGS.replace("attempt, rank =", "attempt, rank = 1, int(os.environ['RANK'])\n_ =")
+    )
+    options = ["--address", ray_cluster.address, "--nnodes", "2", "--hang-timeout", "1", "--on-hang", "stop"]
+    with Launched(tmp_path, *options, "train.py", env=ray_environment()) as launched:
+        code, _, err = launched.finish()
+    assert code == EXIT_HUNG, err
+    (named,) = launched.journal("Named")
+    assert named.fields["diagnosis"] == {"kind": "SPINNING", "culprits": [0], "is_certain": True}, err
+    (ready,) = launched.journal("NodesReady")
+    assert f"rank 0 on {ready.fields['nodes'][0]['hostname']} hangs: spins in one place" in err
+    for rank in range(2):  # both raylets of the test are on this machine
+        assert "train.py" in (launched.run_dir / "attempt_0" / "stacks" / f"rank_{rank}.txt").read_text()
+
+
+# With the limits that a job's own steps set, made short: what healthy jobs do for longer than the limit, and then one rank stops.
+HEALTHY = """
+import os, signal, time, torch, torch.distributed as dist
+import torch.utils.data as data
+rank = int(os.environ["RANK"])
+dist.init_process_group("gloo")
+time.sleep(2.5)  # a long first step: nothing is known of this job yet
+model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(4, 4))
+optimizer = torch.optim.SGD(model.parameters(), 0.1)
+
+def train(num_steps):
+    for _ in range(num_steps):
+        model(torch.randn(4, 4)).sum().backward()
+        optimizer.step()
+
+def evaluate():  # in one call
+    time.sleep(2.5)
+
+def write_checkpoint():
+    until = time.monotonic() + 2.5
+    with open("checkpoint", "wb") as file:
+        while time.monotonic() < until:
+            file.write(bytes(1 << 20))
+            file.seek(0)
+
+def batches():
+    for _ in data.DataLoader(range(10)):
+        time.sleep(0.25)
+
+train(5)
+for phase in (evaluate, write_checkpoint, batches):
+    if rank == 0: phase()
+    train(5)
+open(f"healthy.{rank}", "w").close()
+if rank == 1: os.kill(os.getpid(), signal.SIGSTOP)
+train(5)
+"""
+
+# The learnt limits are tens of seconds, and those for what may be work minutes: a test waits for the same, faster.
+QUICKER = """
+import sys
+from launcher.gang import patience
+from launcher.node import agent
+patience.LIMITS = patience.Limits(quick_s=1.5)
+agent.look_every_s = patience.look_every_s = lambda timeout_s: 0.1
+from launcher.cli import main
+sys.exit(main())
+"""
+
+
+@pytest.mark.e2e
+@pytest.mark.timeout(120)
+@pytest.mark.xdist_group("hangs")
+def test_what_healthy_jobs_do_for_longer_than_the_learnt_limit_is_no_hang_and_a_stopped_rank_is(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(HEALTHY)
+    options = ["--nproc-per-node", "2", "train.py"]
+    with Launched(tmp_path, *options, program=["-c", QUICKER]) as launched:
+        code, _, err = launched.finish()
+    assert code == EXIT_HUNG, err
+    names = [entry.fields["diagnosis"] for entry in launched.journal("Named")]
+    assert names == [{"kind": "FROZEN", "culprits": [1], "is_certain": True}], err
+    assert (tmp_path / "healthy.0").exists() and (tmp_path / "healthy.1").exists()
+
+
+ALONE = """
+import os, sys, time
+sys.path.insert(0, os.getcwd())
+import torch.optim.optimizer as optimizer
+for _ in range(5):
+    for hook in optimizer.hooks: hook(optimizer, (), {})
+open("ready", "w").close()
+while True: pass
+"""
+
+
+def launch_alone(directory: Path, *options: str) -> Launched:
+    """With a torch that is a few lines: what is tried here does not need another."""
+    for name, text in {
+        "torch/__init__.py": "",
+        "torch/optim/__init__.py": "",
+        "torch/optim/optimizer.py": "hooks = []\ndef register_optimizer_step_post_hook(hook): hooks.append(hook)",
+    }.items():
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_text(text)
+    return launch(directory, ALONE, "--start-method", "spawn", "--hang-timeout", "1", *options)
+
+
+def test_stop_means_no_restart_and_an_exit_code_of_its_own(tmp_path: Path) -> None:
+    with launch_alone(tmp_path, "--on-hang", "stop", "--max-restarts", "3") as launched:
+        code, _, err = launched.finish()
+    assert code == EXIT_HUNG, err
+    assert "no restart: --on-hang stop" in err
+    assert "rank 0 on" in err and "hangs: spins in one place" in err
+
+
+def test_report_leaves_the_job_alone(tmp_path: Path) -> None:
+    with launch_alone(tmp_path, "--on-hang", "report") as launched:
+        launched.wait_for_file("ready")
+        launched.wait_for_file("railhead-runs/latest/attempt_0/stacks/rank_0.txt")
+        wait_for_kinds(launched, "GivenUp")
+        assert launched.process.poll() is None
+        assert launched.journal("RankHung") == []
+        launched.process.terminate()
+        code, _, err = launched.finish()
+    assert code == 143
+    assert "the job is left alone (--on-hang report)" in err
+
+
+def wait_for_kinds(launched: Launched, *kinds: str) -> None:
+
+    wait_until(
+        lambda: (launched.run_dir / "journal.jsonl").exists() and launched.journal(*kinds), f"{kinds} in the journal"
+    )
+
+
+def test_without_py_spy_the_rank_writes_its_stacks_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tracing another process is not permitted everywhere; handling a signal is."""
+    with launch_alone(tmp_path, "--hang-timeout", "off") as launched:
+        launched.wait_for_file("ready")
+        (started,) = launched.journal("RanksStarted")
+        pid = started.fields["pids"][0]
+        monkeypatch.setattr(stacks, "_py_spy", lambda *_: ("", "py-spy: not permitted"))
+        directory = launched.run_dir / "attempt_0"
+        taken = take({0: pid}, directory)
+        assert taken[0].how == "faulthandler"
+        assert taken[0].frames[0].startswith("<module> (")
+        assert "train.py:" in taken[0].frames[0]
+        assert (directory / "stacks" / "rank_0.txt").exists()
+        launched.process.terminate()
+        launched.finish()
+
+
+def test_a_process_that_does_not_listen_is_not_sent_the_signal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default of that signal is death: `--no-python` programs, or a rank that has no observer."""
+    monkeypatch.setattr(stacks, "_py_spy", lambda *_: ("", "py-spy: not permitted"))
+    with Launched(tmp_path, "--no-python", "sleep", "600") as launched:
+        wait_for_kinds(launched, "RanksStarted")
+        (started,) = launched.journal("RanksStarted")
+        pid = started.fields["pids"][0]
+        directory = launched.run_dir / "attempt_0"
+        (directory / "rank_0" / "faulthandler.log").touch()
+        (taken,) = take({0: pid}, directory)
+        assert (taken.frames, taken.how) == ((), "py-spy: not permitted")
+        assert launched.process.poll() is None and launched.journal("RankExited") == []
+        launched.process.terminate()
+        launched.finish()
+
+
+def take(pids: dict[int, int], directory: Path) -> tuple[RankStack, ...]:
+    found: list[tuple[RankStack, ...]] = []
+    stacks.take(pids, str(directory), False, found.append)
+
+    wait_until(lambda: found, "the stacks")
+    return found[0]
