@@ -52,6 +52,12 @@ class Network:
     def address(self, node: int) -> str:
         return f"10.66.0.{node + 1}"
 
+    def add_node(self) -> int:
+        """One more node on the switch; its number."""
+        self.num_nodes += 1
+        _add_node(self, self.num_nodes - 1)
+        return self.num_nodes - 1
+
     def at_node(self, node: int, *command: str) -> None:
         run("ip", "netns", "exec", self.namespace(node), *command)
 
@@ -111,7 +117,7 @@ def network(num_nodes: int, rate_mbit: int | None = None) -> Iterator[Network]:
                 made.limit(node, rate_mbit)
         yield made
     finally:
-        for name in [made.switch, *(made.namespace(node) for node in range(num_nodes))]:
+        for name in [made.switch, *(made.namespace(node) for node in range(made.num_nodes))]:
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
 

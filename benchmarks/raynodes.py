@@ -88,6 +88,8 @@ class RayNodes:
 
     network: namespaces.Network | None
     directory: str
+    env: Mapping[str, str] = field(default_factory=dict)
+    """Beside the usual, in the environment of all nodes."""
     nodes: list[RayNode] = field(default_factory=list)
     address: str = ""
 
@@ -97,6 +99,8 @@ class RayNodes:
 
         One after the other: nodes that share a session directory and start at the same time step on each other's files (Ray 2.60)."""
         idx = len(self.nodes)
+        if self.network is not None:
+            self.network.add_node()
         given: dict[str, Any] = {
             "is_head": idx == 0,
             "keeps_zombies": keeps_zombies,
@@ -110,7 +114,12 @@ class RayNodes:
         command = self.inside(idx, sys.executable, "-c", _KEEPER, json.dumps(given))
         with open(self._log(idx), "w") as log:
             keeper = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=environment(), text=True
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env={**environment(), **self.env},
+                text=True,
             )
         assert keeper.stdout is not None
         line = keeper.stdout.readline()
@@ -178,15 +187,17 @@ def environment() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def ray_nodes(num_workers: int, num_cpus: int = 2, room_for: int = 4, in_namespaces: bool = True) -> Iterator[RayNodes]:
-    """A head without CPUs and `num_workers` nodes; `room_for` more may be added."""
+def ray_nodes(
+    num_workers: int, num_cpus: int = 2, in_namespaces: bool = True, env: Mapping[str, str] | None = None
+) -> Iterator[RayNodes]:
+    """A head without CPUs and `num_workers` nodes; more may be added. env: for all of them, beside the usual."""
     with contextlib.ExitStack() as stack:
         # Short: Ray's sockets lie below it, and their paths may have 107 bytes.
         directory = tempfile.mkdtemp(prefix="rhray-", dir="/tmp")
         stack.callback(shutil.rmtree, directory, ignore_errors=True)
         has_namespaces = in_namespaces and namespaces.why_not() is None
-        network = stack.enter_context(namespaces.network(1 + num_workers + room_for)) if has_namespaces else None
-        cluster = RayNodes(network, directory)
+        network = stack.enter_context(namespaces.network(0)) if has_namespaces else None
+        cluster = RayNodes(network, directory, env or {})
         stack.callback(cluster.close)
         cluster.add(0)
         for _ in range(num_workers):

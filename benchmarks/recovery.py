@@ -3,11 +3,12 @@
     python -m benchmarks.recovery                 # all ways, 5 rounds; writes benchmarks/results/
     python -m benchmarks.recovery --quick         # 1 round, prints only
     python -m benchmarks.recovery --no-ray        # without what needs a Ray cluster
+    python -m benchmarks.recovery --only "railhead, 1 × 2" --rounds 500 --warm 0 --result benchmarks/results/NAME.md
 
 Every rank runs the same loop: a small model under DDP with gloo, an optimizer, one step after the other. When all ranks have
-trained for a while, one is sent SIGKILL. `training again` is the time from that moment until the last rank has made its first step
-of the next attempt. The ways take turns within each round. A trial that does not come back within the limit is counted as not
-recovered.
+trained for a while, one, drawn by chance, is sent SIGKILL. `training again` is the time from that moment until the last rank, all of
+them started anew, has made its first step. The ways take turns within each round. A trial that does not come back within the limit is
+counted as not recovered.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import random
+import shlex
 import signal
 import socket
 import statistics
@@ -22,8 +25,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.machine import hardware, versions
@@ -40,7 +43,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 directory = os.environ["BENCH_DIR"]
 dist.init_process_group("gloo")
-rank, attempt = dist.get_rank(), os.environ["TORCHELASTIC_RESTART_COUNT"]
+rank = dist.get_rank()
 model = DistributedDataParallel(torch.nn.Linear(64, 64))
 optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
 step = 0
@@ -49,9 +52,10 @@ while not os.path.exists(f"{directory}/stop"):
     model(torch.ones(8, 64)).square().mean().backward()
     optimizer.step()
     if step == 0:
-        with open(f"{directory}/first.{attempt}.{rank}.tmp", "w") as file:
+        # Not by TORCHELASTIC_RESTART_COUNT: torchrun counts a restart only on the node whose rank has failed.
+        with open(f"{directory}/first.{rank}.tmp", "w") as file:
             file.write(f"{time.time()!r} {os.getpid()}")
-        os.rename(f"{directory}/first.{attempt}.{rank}.tmp", f"{directory}/first.{attempt}.{rank}")
+        os.rename(f"{directory}/first.{rank}.tmp", f"{directory}/first.{rank}")
     step += 1
     time.sleep(0.01)
 os._exit(0)
@@ -76,6 +80,7 @@ class Way:
     what: str
     commands: Callable[[], Sequence[Sequence[str]]]
     num_nodes: int
+    env: Mapping[str, str] = field(default_factory=dict)
 
 
 def ways(address: str | None) -> list[Way]:
@@ -96,14 +101,18 @@ def ways(address: str | None) -> list[Way]:
 
         return commands
 
-    fastest = ("--monitor-interval=0.01", "--shutdown-timeout=1")
+    fastest = ("--monitor-interval=0.01", "--shutdown-timeout=1", "--rdzv-conf=last_call_timeout=1")
+    fast = f"the same with `{' '.join(fastest)}`"
+    # By default the ranks of all attempts share the agents' store, where they find the ports of dead ranks and wait for them.
+    fresh = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    fresh_fast = f"{fast}, and `TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`: rank 0 of each attempt hosts a fresh store"
     found = [
         Way("railhead, 1 × 2", "`python -m launcher --nproc-per-node 2 --max-restarts 3 train.py`", ours(), 1),
         Way("railhead spawn, 1 × 2", "the same with `--start-method spawn`", ours("--start-method=spawn"), 1),
         Way("torchrun, 1 × 2", "c10d rendezvous, `--max-restarts=3`, else its defaults", torchrun(1), 1),
-        Way("torchrun fastest, 1 × 2", f"the same with `{' '.join(fastest)}`", torchrun(1, *fastest), 1),
+        Way("torchrun fastest, 1 × 2", fresh_fast, torchrun(1, *fastest), 1, fresh),
         Way("torchrun, 2 × 2", "two agents on this machine", torchrun(2), 2),
-        Way("torchrun fastest, 2 × 2", f"the same with `{' '.join(fastest)}`", torchrun(2, *fastest), 2),
+        Way("torchrun fastest, 2 × 2", fresh_fast, torchrun(2, *fastest), 2, fresh),
     ]
     if address is not None:
         on_ray = ours("--nnodes=2", f"--address={address}", "--carry-env=BENCH_DIR")
@@ -111,7 +120,7 @@ def ways(address: str | None) -> list[Way]:
     return found
 
 
-def try_once(way: Way, warm_s: float) -> float | None:
+def try_once(way: Way, warm_s: float, chance: random.Random) -> float | None:
     """Seconds until all ranks trained again; None if they did not. Raises RuntimeError if they never trained at all."""
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
@@ -122,6 +131,7 @@ def try_once(way: Way, warm_s: float) -> float | None:
             "RAILHEAD_RUNS": str(directory / "runs"),
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_AUTH_MODE": "disabled",
+            **way.env,
         }
         with open(directory / "printed", "w") as printed:
             processes = [
@@ -129,7 +139,7 @@ def try_once(way: Way, warm_s: float) -> float | None:
                 for argv in way.commands()
             ]
         try:
-            return _kill_one_and_wait(directory, way.num_nodes * RANKS_PER_NODE, warm_s)
+            return _kill_one_and_wait(directory, way.num_nodes * RANKS_PER_NODE, warm_s, chance)
         finally:
             (directory / "stop").touch()
             for process in processes:
@@ -141,27 +151,30 @@ def try_once(way: Way, warm_s: float) -> float | None:
                 process.wait()
 
 
-def _kill_one_and_wait(directory: Path, num_ranks: int, warm_s: float) -> float | None:
-    first = _wait_for_step(directory, "0", num_ranks)
+def _kill_one_and_wait(directory: Path, num_ranks: int, warm_s: float, chance: random.Random) -> float | None:
+    first = _wait_for_step(directory, num_ranks, 0.0)
     if first is None:
         raise RuntimeError(f"nobody trained: {(directory / 'printed').read_text()[-3000:]}")
     time.sleep(warm_s)
     killed_s = time.time()
-    os.kill(first[-1][1], signal.SIGKILL)
-    again = _wait_for_step(directory, "1", num_ranks)
+    os.kill(chance.choice(first)[1], signal.SIGKILL)
+    again = _wait_for_step(directory, num_ranks, killed_s)
     return None if again is None else max(at_s for at_s, _ in again) - killed_s
 
 
-def _wait_for_step(directory: Path, attempt: str, num_ranks: int) -> list[tuple[float, int]] | None:
-    """When each rank made its first step of the attempt, and its process."""
-    files = [directory / f"first.{attempt}.{rank}" for rank in range(num_ranks)]
+def _wait_for_step(directory: Path, num_ranks: int, after_s: float) -> list[tuple[float, int]] | None:
+    """When each rank made its first step since `after_s`, and its process."""
+    files = [directory / f"first.{rank}" for rank in range(num_ranks)]
     deadline = time.monotonic() + TRIAL_TIMEOUT_S
-    while not all(file.exists() for file in files):
+    while True:
+        if all(file.exists() for file in files):
+            words = [file.read_text().split() for file in files]
+            steps = [(float(at_s), int(pid)) for at_s, pid in words]
+            if all(at_s > after_s for at_s, _ in steps):
+                return steps
         if time.monotonic() > deadline:
             return None
         time.sleep(0.005)
-    words = [file.read_text().split() for file in files]
-    return [(float(at_s), int(pid)) for at_s, pid in words]
 
 
 @contextlib.contextmanager
@@ -215,25 +228,31 @@ def main() -> None:
     parser.add_argument("--warm", type=float, default=5.0, help="seconds of training before the kill")
     parser.add_argument("--quick", action="store_true", help="one round; the result is printed, not written")
     parser.add_argument("--no-ray", action="store_true", help="leave out the ways that need a Ray cluster")
+    parser.add_argument("--only", help="one way, by its name")
+    parser.add_argument("--seed", type=int, default=0, help="draws who is killed")
+    parser.add_argument("--result", type=Path, default=RESULT)
     args = parser.parse_args()
-    before = os.getloadavg()[0]
+    before, chance = os.getloadavg()[0], random.Random(args.seed)
     with contextlib.ExitStack() as stack:
-        address = None if args.no_ray else stack.enter_context(ray_cluster())
-        chosen = ways(address)
+        needs_ray = not args.no_ray and (args.only is None or "Ray" in args.only)
+        address = stack.enter_context(ray_cluster()) if needs_ray else None
+        chosen = [way for way in ways(address) if args.only in (None, way.name)]
+        if not chosen:
+            parser.error(f"--only {args.only}: the ways are {', '.join(way.name for way in ways('ADDRESS'))}")
         found: dict[str, list[float | None]] = {way.name: [] for way in chosen}
         for number in range(1 if args.quick else args.rounds):
             start = number % len(chosen)
             for way in [*chosen[start:], *chosen[:start]]:
-                took_s = try_once(way, args.warm)
+                took_s = try_once(way, args.warm, chance)
                 told = "did not come back" if took_s is None else f"{took_s:.2f} s"
                 print(f"round {number}: {way.name}: {told}", flush=True)
                 found[way.name].append(took_s)
-    command = "python -m benchmarks.recovery " + " ".join(sys.argv[1:])
-    text = render(chosen, found, command.strip(), f"{before:.1f}, {os.getloadavg()[0]:.1f}", args.warm)
+    command = shlex.join(["python", "-m", "benchmarks.recovery", *sys.argv[1:]])
+    text = render(chosen, found, command, f"{before:.1f}, {os.getloadavg()[0]:.1f}", args.warm)
     print(text)
     if not args.quick:
-        RESULT.write_text(text)
-        print(f"written to {RESULT}")
+        args.result.write_text(text)
+        print(f"written to {args.result}")
 
 
 if __name__ == "__main__":
