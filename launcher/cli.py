@@ -9,7 +9,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -84,6 +84,11 @@ def _run(argv: list[str]) -> int:
         return EXIT_OK
     intent = understand(line, os.environ, os.getcwd(), os.urandom(8).hex())
     check_program(intent.spec.program)
+    return run(intent)
+
+
+def run(intent: Intent, on_run_dir: Callable[[str], None] | None = None) -> int:
+    """Runs what is meant, to its end. on_run_dir is told the run directory as soon as there is one."""
     for note in intent.notes:
         print(f"launcher: {note}", file=sys.stderr)
     from launcher import controller
@@ -93,7 +98,8 @@ def _run(argv: list[str]) -> int:
     remembered = NOWHERE if intent.address is None else intent.spec.exclude_file or default_path(os.environ)
     exclusions = ExclusionFile(remembered)
     spec, cluster = _place(intent, exclusions)
-    return controller.run(spec, _measured_first(cluster, exclusions) if spec.preflight else cluster, exclusions)
+    measured = _measured_first(cluster, exclusions) if spec.preflight else cluster
+    return controller.run(spec, measured, exclusions, on_run_dir)
 
 
 def _measured_first(cluster: Measurable, exclusions: ExclusionFile) -> Cluster:

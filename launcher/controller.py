@@ -71,15 +71,23 @@ class SystemClock:
         return time.time()
 
 
-def run(spec: JobSpec, cluster: Cluster, exclusions: ExclusionFile | None = None) -> int:
+def run(
+    spec: JobSpec,
+    cluster: Cluster,
+    exclusions: ExclusionFile | None = None,
+    on_run_dir: Callable[[str], None] | None = None,
+) -> int:
     """Runs the job to its end and returns the exit code of the command. Called once, from the main thread (it handles signals).
 
     Makes the run directory, prints its path, opens the cluster, closes it whatever happens. Raises LauncherError (with its
-    `exit_code`) when nothing could be started; the caller prints it. exclusions: where nodes that fail are remembered.
+    `exit_code`) when nothing could be started; the caller prints it. exclusions: where nodes that fail are remembered. on_run_dir is told
+    the absolute path.
     """
     clock = SystemClock()
     run_dir = rundir.create(spec, os.environ.get("RAILHEAD_RUNS"))
     rundir.write_spec(run_dir, spec)
+    if on_run_dir is not None:
+        on_run_dir(os.path.abspath(run_dir))
     console = Console(spec.line_prefix, is_coloured=is_coloured(os.environ))
     display = Display(spec.logs.progress, console, os.environ)
     journal = FileJournal(os.path.join(run_dir, "journal.jsonl"), clock, console.say, display.entry)

@@ -4,6 +4,7 @@ LauncherError
 ├── SpecError             the person who asked: a bad option, a missing script, a number that makes no sense
 ├── RequestRefused        the person who asked, or the platform's size: the cluster can never (or not in time) meet the request
 ├── ClusterUnavailable    platform: no cluster answers at the address, wrong version or token
+├── JobFailed             whoever it says: a job that was run from Python did not end with 0; `result` has the facts
 ├── NodeError             platform: a node could not do what it was told (start a process, open a port, make a directory)
 └── InvalidTransition     ours: the gang's state machine was asked for a move that its table does not have
 
@@ -72,5 +73,20 @@ class InvalidTransition(LauncherError):
     exit_code = EXIT_INTERNAL
 
 
+class JobFailed(LauncherError):
+    """`result` is a `launcher.JobResult`."""
+
+    def __init__(self, message: str, *, advice: str = "", result: Any = None) -> None:
+        super().__init__(message, advice=advice)
+        self.result = result
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild_failed, (self.message, self.advice, self.result)
+
+
 def _rebuild(cls: type[LauncherError], message: str, advice: str) -> LauncherError:
     return cls(message, advice=advice)
+
+
+def _rebuild_failed(message: str, advice: str, result: Any) -> JobFailed:
+    return JobFailed(message, advice=advice, result=result)
