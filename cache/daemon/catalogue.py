@@ -44,12 +44,17 @@ class Catalogue:
         self._generations: dict[tuple[str, str], ObjectId] = {}
         self._rng = random.Random()
         self._head_slots = asyncio.Semaphore(MAX_HEADS_AT_ONCE)
+        self.all_known: Callable[[], Awaitable[None]] | None = None
+        """Waits until `remember` has been called with all that is on the disk: only then is it certain that a generation is not here."""
 
     async def find(self, url: str, etag: str | None) -> ObjectId:
         """The object as it is now, or at `etag`. Raises OriginError; ObjectChanged when it is no longer at `etag`."""
         known = self._generations.get((url, etag)) if etag is not None else None
         # A generation that is still known here serves those who opened it, also after the origin has a newer one.
         object_id = known if known is not None else await self._head(url)
+        if etag is not None and object_id.etag != etag and self.all_known is not None:
+            await self.all_known()
+            object_id = self._generations.get((url, etag), object_id)
         if etag is not None and object_id.etag != etag:
             raise ObjectChanged(
                 f"{url} was {etag} when it was opened and is {object_id.etag} now",
@@ -88,6 +93,8 @@ class Catalogue:
             object_id = await asyncio.shield(task)
         except OriginUnavailable:
             self._heads.pop(url, None)
+            if url not in self._latest and self.all_known is not None:
+                await self.all_known()
             known = self._latest.get(url)
             if known is None:
                 raise

@@ -26,6 +26,7 @@ from cache.daemon.lending import Lending
 from cache.daemon.peerconfig import PeerConfig
 from cache.daemon.peers import Peers, listen, node_id_of
 from cache.daemon.pool import Greeting, WorkerPool
+from cache.daemon.restoring import Restoring
 from cache.daemon.words import Words
 from cache.order.lookahead import Visit
 from cache.residency import messages as m
@@ -37,7 +38,6 @@ from cache.residency.state import Limits
 from cache.store.directory import CacheDirectory
 from cache.store.files import disk_space
 from cache.store.format import HEADER_BYTES
-from cache.store.recovery import Recovered
 
 log = logging.getLogger("railhead.cache")
 
@@ -73,7 +73,8 @@ class Control:
         """Of this process: a reader must not mix two daemons' words and generations."""
         self.on_held_evicted: Callable[[Iterable[str]], None] = lambda client_ids: None
         """Called with the readers that hold a file which was evicted."""
-        self.recovered = Recovered()
+        self.restoring = Restoring(self.hands.with_index, self._step, self.catalogue.remember)
+        self.catalogue.all_known = self.restoring.finished
         self.started_s = time.monotonic()
         self.resident_bytes_at_start = 0
         self._tasks: set[asyncio.Task[None]] = set()
@@ -116,14 +117,15 @@ class Control:
 
     async def start(self) -> None:
         self.pool.start()
-        self.recovered = await self.hands.recover()
-        for row in sorted(self.recovered.rows, key=lambda row: row.generation):
-            self._step(m.ExtentFound(row.object_id, row.extent_idx, row.generation, row.file_bytes, None))
-            self.catalogue.remember(row.object_id)
+        await self.hands.open_index()
+        await self.restoring.begin()
         await self.indexes.start()
         self.resident_bytes_at_start = self.residency.budget.used_bytes
-        # The capacity may have been made smaller since the last run: evict down to it before anybody reads.
-        self._step(m.CapacityChanged(self.config.capacity_bytes))
+        if self.residency.budget.is_exceeded:
+            # The capacity was made smaller since the last run: evict down to it before anybody reads.
+            await self.restoring.run()
+        else:
+            self._spawn(self.restoring.run())
         self._spawn(self._beat())
         if self.peers is not None:
             # Once before anybody reads: else the first blocks would all be fetched by all.
@@ -246,10 +248,11 @@ class Control:
             "fetching": asdict(self.hands.fetcher.totals),
             "counters": asdict(residency.counters),
             "recovery": {
-                "extents": len(self.recovered.rows),
-                "adopted": self.recovered.num_adopted,
-                "discarded": self.recovered.num_discarded,
-                "lost": self.recovered.num_lost,
+                "extents": self.restoring.stock.num_files,
+                "adopted": self.restoring.stock.num_adopted,
+                "discarded": self.restoring.stock.num_discarded,
+                "lost": len(self.restoring.stock.lost),
+                "objects_left": self.restoring.num_left,
             },
         }
 
@@ -286,6 +289,8 @@ class Control:
         }
 
     def _step(self, event: m.Event) -> None:
+        if isinstance(event, m.ObjectOpened) and self.restoring.num_left:
+            self.restoring.learn(event.object_id)
         for action in self.residency.step(event, time.monotonic()):
             self._perform(action)
         self._say_health()

@@ -6,11 +6,9 @@ Blocking work on the disk goes to one thread, in order, so that an unlink always
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-import sqlite3
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -28,8 +26,7 @@ from cache.residency.retry import RetryPolicy
 from cache.store.directory import CacheDirectory
 from cache.store.files import DiskSpace, create_extent, disk_space, probe_disk, remove_extent, slow_disk_error
 from cache.store.format import ExtentHeader
-from cache.store.index import Index, IndexRow
-from cache.store.recovery import Recovered, recover
+from cache.store.index import Index, IndexRow, index_errors
 
 log = logging.getLogger("railhead.cache")
 
@@ -67,31 +64,22 @@ class Hands:
         self._index: Index | None = None
         self._disk = ThreadPoolExecutor(max_workers=1, thread_name_prefix="disk")
 
-    async def recover(self) -> Recovered:
-        """Opens the index and says which extents are there. Once, before anything else."""
-        self._index, recovered = await self._on_disk(self._recover)
-        return recovered
+    async def open_index(self) -> None:
+        """Once, before anything else."""
+        self._index = await self._on_disk(Index, self.directory.index_path)
+        if self._index.was_damaged:
+            log.warning("the index was damaged and is made again from the files")
+
+    def with_index(self, work: Callable[[CacheDirectory, Index], T]) -> asyncio.Future[T]:
+        """Work on the directory and its index, in its turn on the disk's thread."""
+        assert self._index is not None
+        return self._on_disk(work, self.directory, self._index)
 
     def close(self) -> None:
         """Waits for what the disk has in hand."""
         self._disk.shutdown(wait=True, cancel_futures=True)
         if self._index is not None:
             self._index.close()
-
-    def _recover(self) -> tuple[Index, Recovered]:
-        index = Index(self.directory.index_path)
-        if index.was_damaged:
-            log.warning("the index was damaged and is made again from the files")
-        recovered = recover(self.directory, index)
-        if recovered.num_adopted or recovered.num_discarded or recovered.num_lost:
-            log.info(
-                "recovery: %d extents, of which %d were missing in the index; %d files discarded, %d rows without file",
-                len(recovered.rows),
-                recovered.num_adopted,
-                recovered.num_discarded,
-                recovered.num_lost,
-            )
-        return index, recovered
 
     def _on_disk(self, work: Callable[..., T], *args: Any) -> asyncio.Future[T]:
         return asyncio.get_running_loop().run_in_executor(self._disk, work, *args)
@@ -225,7 +213,7 @@ class Hands:
         assert self._index is not None
         header = ExtentHeader(action.object_id, action.extent_idx)
         create_extent(self.directory, header, action.generation)
-        with _index_errors():
+        with index_errors():
             self._index.add([IndexRow(action.object_id, action.extent_idx, action.generation, header.file_bytes)])
 
     def remove(self, action: m.RemoveExtent) -> Coroutine[Any, Any, None]:
@@ -241,15 +229,16 @@ class Hands:
     def _remove_on_disk(self, action: m.RemoveExtent) -> None:
         assert self._index is not None
         remove_extent(self.directory, action.extent, action.generation)
-        with _index_errors():
+        with index_errors():
             self._index.remove([(action.extent, action.generation)])
 
     async def read_table(self, action: m.ReadTable) -> None:
         path = str(self.directory.extent_path(action.extent, action.generation))
         try:
             frame = await self._from_worker({"op": "table", "path": path})
-            if frame.header["content_id"] != action.extent.content_id:
-                raise CorruptBlock(f"{path} says it belongs to {frame.header['content_id']}")
+            said = ExtentId(frame.header["content_id"], frame.header["extent_idx"])
+            if said != action.extent:
+                raise CorruptBlock(f"{path} says that it is {said}")
         except CacheError as error:
             log.warning("%s: fetched again", error.message)
             self._tell(m.ExtentFailed(action.extent, action.generation, error))
@@ -257,12 +246,3 @@ class Hands:
         first = action.extent.extent_idx * BLOCKS_PER_EXTENT
         present = frozenset(first + slot for slot in frame.header["present"])
         self._tell(m.ExtentTableRead(action.extent, action.generation, present))
-
-
-@contextlib.contextmanager
-def _index_errors() -> Iterator[None]:
-    """The index only saves time at the next start: that it cannot be written is said and survived."""
-    try:
-        yield
-    except sqlite3.Error as error:
-        log.warning("the index cannot be written (%s); the next start reads the files instead", error)

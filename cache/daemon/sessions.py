@@ -224,6 +224,7 @@ class Session:
         """What this node holds of an object, or of all below a prefix; the origin is not asked, for it may hold them no longer."""
         url = str(request["url"]).rstrip("/")
         residency = self._control.residency
+        await self._control.restoring.finished()
         before = residency.counters.evicted_bytes
         held = [o for o in residency.objects() if o.url == url or o.url.startswith(f"{url}/")]
         on_disk = [o for o in held if residency.on_disk_bytes(o.content_id)]
@@ -233,6 +234,7 @@ class Session:
 
     async def _resident(self, request: dict[str, Any]) -> Reply:
         residency = self._control.residency
+        await self._control.restoring.finished()
         return {"bytes": [residency.on_disk_bytes(str(content_id)) for content_id in request["content_ids"]]}, []
 
     async def _keep(self, frame: wire.Frame) -> Reply:

@@ -14,7 +14,7 @@ use one of these as well, to read the origin directly (client/direct.py).
     check  {path, slot, length, from_device}                → {sound, read_s}       of each block
     peers  {key, node_id, listener, tls}                    → {}                    from now on serves other nodes' daemons, and asks them
     ping   {}                                               → {}
-    table  {path}                                           → {present}
+    table  {path}                                           → {present, content_id, extent_idx}
 """
 
 from __future__ import annotations
@@ -171,7 +171,8 @@ class Worker:
 
     async def _op_table(self, request: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
         header, present = read_header(Path(request["path"]))
-        return {"present": sorted(present), "content_id": header.object_id.content_id}, b""
+        identity = {"content_id": header.object_id.content_id, "extent_idx": header.extent_idx}
+        return {"present": sorted(present), **identity}, b""
 
     async def _get(self, request: dict[str, Any]) -> memoryview:
         url, start, end = request["url"], request["start"], request["end"]

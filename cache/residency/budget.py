@@ -88,10 +88,10 @@ class Budget:
         assert size_bytes <= self.free_bytes and self.free_files > 0, (size_bytes, self)
         self.adopt(size_bytes)
 
-    def adopt(self, size_bytes: int) -> None:
-        """Counts a file that is there already, even beyond the capacity."""
+    def adopt(self, size_bytes: int, num_files: int = 1) -> None:
+        """Counts files that are there already, even beyond the capacity."""
         self.used_bytes += size_bytes
-        self.num_files += 1
+        self.num_files += num_files
 
     def give_back(self, size_bytes: int) -> None:
         assert self.used_bytes >= size_bytes and self.num_files > 0, (size_bytes, self)

@@ -146,6 +146,9 @@ class Residency:
 _HANDLERS: dict[type, Callable[[State, Any], None]] = {
     m.ObjectOpened: on_readers.object_opened,
     m.ExtentFound: on_disk.extent_found,
+    m.StockTaken: on_disk.stock_taken,
+    m.StockFound: on_disk.stock_found,
+    m.StockLost: on_disk.stock_lost,
     m.ExtentTableRead: on_disk.extent_table_read,
     m.BlocksWanted: on_readers.blocks_wanted,
     m.WantSettled: on_readers.want_settled,

@@ -32,6 +32,29 @@ class ExtentFound:
 
 
 @dataclass(frozen=True)
+class StockTaken:
+    """So many extent files are here from before this daemon: they count from now on. StockFound or StockLost follows for each."""
+
+    file_bytes: int
+    num_files: int
+    last_generation: int
+
+
+@dataclass(frozen=True)
+class StockFound:
+    """Some of the files that StockTaken has counted."""
+
+    found: tuple[ExtentFound, ...]
+
+
+@dataclass(frozen=True)
+class StockLost:
+    """One of them could not be used, and is gone."""
+
+    file_bytes: int
+
+
+@dataclass(frozen=True)
 class ExtentTableRead:
     extent: ExtentId
     generation: int
@@ -257,6 +280,9 @@ class TimePassed:
 Event = (
     ObjectOpened
     | ExtentFound
+    | StockTaken
+    | StockFound
+    | StockLost
     | ExtentTableRead
     | BlocksWanted
     | WantSettled

@@ -15,12 +15,31 @@ from cache.residency.waiting import BlockKey
 
 
 def extent_found(s: State, event: m.ExtentFound) -> None:
-    size = event.file_bytes + INDEX_BYTES_PER_EXTENT
+    s.budget.adopt(event.file_bytes + INDEX_BYTES_PER_EXTENT)
+    _found(s, event)
+
+
+def stock_taken(s: State, event: m.StockTaken) -> None:
+    s.budget.adopt(event.file_bytes + event.num_files * INDEX_BYTES_PER_EXTENT, event.num_files)
+    # New files are made before all of these are known.
+    s.next_generation = max(s.next_generation, event.last_generation + 1)
+
+
+def stock_found(s: State, event: m.StockFound) -> None:
+    for found in event.found:
+        _found(s, found)
+
+
+def stock_lost(s: State, event: m.StockLost) -> None:
+    s.budget.give_back(event.file_bytes + INDEX_BYTES_PER_EXTENT)
+
+
+def _found(s: State, event: m.ExtentFound) -> None:
     known = s.residents.learn(event.object_id)
     # Used before anything of this run; among themselves the younger file later.
     last_use_s = -1.0 / event.generation
+    size = event.file_bytes + INDEX_BYTES_PER_EXTENT
     extent = s.residents.add_extent(known, event.extent_idx, event.generation, size, last_use_s)
-    s.budget.adopt(size)
     s.next_generation = max(s.next_generation, event.generation + 1)
     if event.present is None:
         extent.needs_table = True

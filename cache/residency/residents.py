@@ -24,7 +24,7 @@ CODES = {state: code for code, state in enumerate(STATES)}
 assert STATES[0] is BlockState.ABSENT, "a new extent is a row of zeros"
 
 
-@dataclass
+@dataclass(slots=True)
 class KnownObject:
     """An object and its words; `clients` have it open."""
 
@@ -47,7 +47,7 @@ class KnownObject:
         return self.base + self.num_blocks + extent_idx
 
 
-@dataclass
+@dataclass(slots=True)
 class Extent:
     """One extent file, from the decision to make it until its removal."""
 

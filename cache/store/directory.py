@@ -121,10 +121,14 @@ def parse_extent_name(name: str) -> tuple[ExtentId, int] | None:
     17
     >>> parse_extent_name("holiday.jpg")
     """
+    parts = split_extent_name(name)
+    return None if parts is None else (ExtentId(parts[0], parts[1]), parts[2])
+
+
+def split_extent_name(name: str) -> tuple[str, int, int] | None:
+    """The same as plain values: content id, extent_idx, generation. For when there are 100,000."""
     match = _EXTENT_NAME.fullmatch(name)
-    if match is None:
-        return None
-    return ExtentId(match[1], int(match[2])), int(match[3])
+    return None if match is None else (match[1], int(match[2]), int(match[3]))
 
 
 def _parse_serving(text: bytes) -> ServingDaemon:

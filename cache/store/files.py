@@ -257,16 +257,15 @@ def remove_extent(directory: CacheDirectory, extent: ExtentId, generation: int) 
     directory.extent_path(extent, generation).unlink(missing_ok=True)
 
 
-def found_extents(directory: CacheDirectory) -> Iterator[tuple[ExtentId, int, Path]]:
-    """All extent files by their names; half-made ones of a former daemon are removed on the way."""
+def extent_files(directory: CacheDirectory) -> Iterator[str]:
+    """The names of all extent files; half-made ones of a former daemon are removed on the way."""
     for folder in os.scandir(directory.extents_path):
         if not folder.is_dir(follow_symlinks=False):
             continue
         for file in os.scandir(folder.path):
-            parsed = parse_extent_name(file.name.removesuffix(".tmp"))
-            if parsed is None or parsed[0].content_id[:2] != folder.name or not file.is_file(follow_symlinks=False):
-                continue  # not made by us
-            if not file.name.endswith(".tmp"):
-                yield *parsed, Path(file.path)
-            else:
+            name = file.name
+            is_ours = name[:2] == folder.name and file.is_file(follow_symlinks=False)
+            if is_ours and not name.endswith(".tmp"):
+                yield name  # whether it is one is told by its name: parse_extent_name
+            elif is_ours and parse_extent_name(name.removesuffix(".tmp")) is not None:
                 Path(file.path).unlink(missing_ok=True)

@@ -6,12 +6,16 @@ an index that is lost or damaged is made again from them.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import sqlite3
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 from cache.blocks import ExtentId, ObjectId
+
+log = logging.getLogger("railhead.cache")
 
 _ROWS = "SELECT url, etag, size_bytes, extent_idx, generation, file_bytes FROM extents JOIN objects USING (content_id)"
 
@@ -73,6 +77,18 @@ class Index:
             for url, etag, size, idx, gen, nbytes in self._db.execute(_ROWS)
         ]
 
+    def files(self) -> list[tuple[str, int, int, int]]:
+        """Every extent file as (content id, extent_idx, generation, file_bytes), the oldest first."""
+        query = "SELECT content_id, extent_idx, generation, file_bytes FROM extents ORDER BY generation"
+        return self._db.execute(query).fetchall()
+
+    def objects(self, content_ids: Sequence[str]) -> dict[str, ObjectId]:
+        """What these are the ids of, as far as it is known and true: a row that contradicts its own id is passed over."""
+        marks = ",".join("?" * len(content_ids))
+        query = f"SELECT content_id, url, etag, size_bytes FROM objects WHERE content_id IN ({marks})"
+        found = {cid: ObjectId(url, etag, size) for cid, url, etag, size in self._db.execute(query, list(content_ids))}
+        return {content_id: oid for content_id, oid in found.items() if oid.content_id == content_id}
+
     def add(self, rows: Iterable[IndexRow]) -> None:
         """All of them or none."""
         with self._transaction():
@@ -86,6 +102,11 @@ class Index:
                     "INSERT OR REPLACE INTO extents VALUES (?,?,?,?)",
                     (oid.content_id, row.extent_idx, row.generation, row.file_bytes),
                 )
+
+    def adopt(self, rows: Iterable[IndexRow]) -> None:
+        """Adds those of which no other file is known."""
+        known = "SELECT 1 FROM extents WHERE content_id=? AND extent_idx=?"
+        self.add(row for row in rows if self._db.execute(known, astuple(row.extent)).fetchone() is None)
 
     def remove(self, extents: Iterable[tuple[ExtentId, int]]) -> None:
         """Forgets these extent files, and the objects of which none is left."""
@@ -103,6 +124,15 @@ class Index:
 
     def _transaction(self) -> _Transaction:
         return _Transaction(self._db)
+
+
+@contextlib.contextmanager
+def index_errors() -> Iterator[None]:
+    """The index only saves time at the next start: that it cannot be read or written is said and survived."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        log.warning("the index does not work (%s); the next start reads the files instead", error)
 
 
 class _Transaction:

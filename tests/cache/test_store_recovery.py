@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from cache.store.directory import CacheDirectory, ServingDaemon, serving_daemon
 from cache.store.files import create_extent, read_header, remove_extent, sound_blocks, write_blocks
 from cache.store.format import HEADER_BYTES, ExtentHeader
 from cache.store.index import Index, IndexRow
-from cache.store.recovery import recover
+from cache.store.recovery import fits, forget, identify, settle, take_stock
 
 SMALL = ObjectId("s3://b/small", '"1"', 1000)
 LONG = ObjectId("s3://b/long", '"1"', EXTENT_BYTES + 7)
@@ -41,6 +42,30 @@ def make(directory: CacheDirectory, object_id: ObjectId, extent_idx: int, genera
     header = ExtentHeader(object_id, extent_idx)
     create_extent(directory, header, generation)
     return IndexRow(object_id, extent_idx, generation, header.file_bytes)
+
+
+@dataclass
+class Recovered:
+    rows: list[IndexRow]
+    num_adopted: int
+    num_discarded: int
+    num_lost: int
+
+
+def recover(directory: CacheDirectory, index: Index) -> Recovered:
+    """Both parts of a recovery, one after the other, as a daemon does them in portions."""
+    stock = take_stock(directory, index)
+    rows, bad = [], []
+    for content_id, object_id in identify(directory, index, list(stock.files.items())):
+        for file in stock.files[content_id]:
+            if object_id is not None and fits(object_id, file):
+                rows.append(IndexRow(object_id, file.extent_idx, file.generation, file.file_bytes))
+            else:
+                bad.append((ExtentId(content_id, file.extent_idx), file.generation))
+    known = {row.generation for row in index.rows()}
+    forget(index, stock.lost)
+    settle(directory, index, [row for row in rows if row.generation not in known], bad)
+    return Recovered(rows, stock.num_adopted, stock.num_discarded + len(bad), len(stock.lost))
 
 
 def test_a_new_file_is_whole_reserved_and_empty(directory: CacheDirectory) -> None:
@@ -143,6 +168,35 @@ def test_half_made_files_go_and_what_is_not_ours_stays(directory: CacheDirectory
     assert not half_made.exists()
     assert all(path.read_bytes() == b"mine" for path in foreign)
     assert (folder / f"{SMALL.content_id}.0.12").is_symlink() and (folder / f"{SMALL.content_id}.0.11").is_dir()
+
+
+def test_what_is_here_is_counted_to_the_byte_before_a_file_was_read(directory: CacheDirectory, index: Index) -> None:
+    """The bound must hold from the first moment, and reading 100,000 headers first would take seconds."""
+    rows = [make(directory, SMALL, 0, 4), make(directory, LONG, 0, 2), make(directory, LONG, 1, 3)]
+    index.add(rows[:2])
+    stock = take_stock(directory, index)
+    assert (stock.num_bytes, stock.num_files) == (sum(row.file_bytes for row in rows), 3)
+    assert (stock.last_generation, stock.num_adopted) == (4, 1)
+    assert list(stock.files) == [LONG.content_id, SMALL.content_id], "the oldest first"
+    assert index.rows() == sorted(rows[:2], key=lambda row: row.extent), "nothing was settled yet"
+    assert take_stock(directory, Index(directory.path / "none.db")).num_bytes == stock.num_bytes
+
+
+def test_an_adopted_file_does_not_displace_the_row_of_a_newer_one(directory: CacheDirectory, index: Index) -> None:
+    """It may have been evicted, and its extent fetched again, before the index was told."""
+    old, new = IndexRow(SMALL, 0, 3, 10), IndexRow(SMALL, 0, 8, 10)
+    index.add([new])
+    settle(directory, index, [old, IndexRow(LONG, 0, 4, 10)], [])
+    assert new in index.rows() and old not in index.rows() and len(index.rows()) == 2
+
+
+def test_an_index_that_fails_costs_reading_the_files_and_nothing_else(directory: CacheDirectory, index: Index) -> None:
+    row = make(directory, SMALL, 0, 1)
+    index.add([row])
+    stock = take_stock(directory, index)
+    index.close()
+    assert identify(directory, index, list(stock.files.items())) == [(SMALL.content_id, SMALL)]
+    settle(directory, index, [row], [])
 
 
 @pytest.mark.parametrize("content", [b"", b"not a database at all" * 500, b"SQLite format 3\0" + bytes(4000)])

@@ -193,7 +193,8 @@ class World:
         )
         self.current[extent] = generation
         self.used_generations.add(generation)
-        self.step(m.ExtentFound(object_id, extent_idx, generation, file_bytes, None))
+        self.step(m.StockTaken(file_bytes, 1, generation))
+        self.step(m.StockFound((m.ExtentFound(object_id, extent_idx, generation, file_bytes, None),)))
 
     def create_done(self, action: m.CreateExtent, error: CacheError | None = None) -> None:
         self.creations.remove(action)
