@@ -1,4 +1,4 @@
-"""`python -m cache`: serve, preload, status, evict. Translates flags and environment; holds no judgement.
+"""`python -m cache`: serve, preload, and the commands of people (people_commands, status_command). Translates flags; holds no judgement.
 
 Exit codes: 0 done; 1 not everything could be done (the output says what); 2 wrong usage or configuration; 3 no daemon answers; 130 Ctrl-C.
 """
@@ -16,23 +16,27 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import click
 
-from cache.daemon.config import DaemonConfig, Share, format_bytes, parse_address, parse_bytes, parse_share
+from cache.cli_options import (
+    EXIT_INCOMPLETE,
+    EXIT_INTERRUPTED,
+    EXIT_NO_DAEMON,
+    EXIT_USAGE,
+    bytes_of,
+    dir_option,
+    find_socket,
+    socket_option,
+)
+from cache.daemon.config import DaemonConfig, Share, parse_address, parse_share
 from cache.daemon.peerconfig import peer_config
 from cache.data_commands import index
 from cache.errors import CacheConfigError, CacheError, DaemonUnavailable
-from cache.store.directory import serving_daemon
-
-EXIT_INCOMPLETE, EXIT_USAGE, EXIT_NO_DAEMON, EXIT_INTERRUPTED = 1, 2, 3, 130
+from cache.people_commands import evict, ls, pin, resize, unpin, verify
+from cache.status_command import status
 
 DEFAULT_SOCKET_NAME = "cache.sock"
-
-
-def _bytes(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
-    return None if value is None else parse_bytes(value)
 
 
 def _share(ctx: click.Context, param: click.Parameter, value: str) -> Share:
@@ -67,20 +71,6 @@ def _log_to_stderr(style: str) -> None:
     logger.propagate = False
 
 
-_socket_option = click.option(
-    "--socket",
-    envvar="RAILHEAD_CACHE_SOCKET",
-    type=click.Path(path_type=Path),
-    help="The daemon's Unix socket. [default: $RAILHEAD_CACHE_SOCKET]",
-)
-_dir_option = click.option(
-    "--dir",
-    "directory",
-    type=click.Path(path_type=Path),
-    help="Ask the daemon that serves this directory, instead of --socket.",
-)
-
-
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="railhead", message="%(package)s %(version)s")
 def cli() -> None:
@@ -92,7 +82,7 @@ def cli() -> None:
     "--dir", "directory", type=click.Path(path_type=Path), required=True, help="Node-local directory for the cache."
 )
 @click.option(
-    "--capacity", callback=_bytes, metavar="SIZE", required=True, help="Hard bound on its size: 200GB, 1.5TiB, …"
+    "--capacity", callback=bytes_of, metavar="SIZE", required=True, help="Hard bound on its size: 200GB, 1.5TiB, …"
 )
 @click.option(
     "--socket", type=click.Path(path_type=Path), help=f"Unix socket to serve. [default: DIR/{DEFAULT_SOCKET_NAME}]"
@@ -111,7 +101,7 @@ def cli() -> None:
 )
 @click.option(
     "--scrub-rate",
-    callback=_bytes,
+    callback=bytes_of,
     default="8MiB",
     show_default=True,
     metavar="SIZE",
@@ -192,11 +182,11 @@ def serve(
 
 @cli.command()
 @click.argument("urls", nargs=-1, required=True, metavar="URL...")
-@_socket_option
-@_dir_option
+@socket_option
+@dir_option
 @click.option(
     "--capacity",
-    callback=_bytes,
+    callback=bytes_of,
     metavar="SIZE",
     help="With --dir: start a daemon there for as long as the preload takes.",
 )
@@ -227,58 +217,11 @@ def preload(
     sys.exit(0 if result.is_complete else EXIT_INCOMPLETE)
 
 
-@cli.command()
-@_socket_option
-@_dir_option
-@click.option("--json", "as_json", is_flag=True, help="As JSON.")
-def status(socket: Path | None, directory: Path | None, as_json: bool) -> None:
-    """What the daemon of this node holds and does."""
-    from cache.daemon import probe
-
-    path = _find_socket(socket, directory)
-    account = probe.status(path)
-    if account is None:
-        raise DaemonUnavailable(f"no cache daemon answers at {path}")
-    click.echo(json.dumps(account, indent=2) if as_json else _status_page(account))
-
-
-@cli.command()
-@click.argument("urls", nargs=-1, required=True, metavar="URL...")
-@_socket_option
-@_dir_option
-def evict(urls: tuple[str, ...], socket: Path | None, directory: Path | None) -> None:
-    """Remove objects from this node's disk, also those that the origin no longer has. Open readers go on reading."""
-    from cache.client import Cache
-    from cache.origin.urls import canonical_url
-
-    with Cache(_find_socket(socket, directory)) as cache:
-        for url in map(canonical_url, urls):
-            answer = cache.ask_daemon({"op": "evict", "url": url})
-            count = answer["num_objects"]
-            freed = format_bytes(answer["evicted_bytes"])
-            click.echo(
-                f"{url}: {freed} of {count} object{'' if count == 1 else 's'} evicted" if count else f"{url}: not here"
-            )
-
-
-def _find_socket(socket: Path | None, directory: Path | None) -> str:
-    if directory is not None:
-        serving = serving_daemon(directory)
-        if serving is None:
-            raise DaemonUnavailable(
-                f"no cache daemon serves {directory}", advice=f"start one: python -m cache serve --dir {directory} …"
-            )
-        return serving.socket
-    if socket is None:
-        raise click.UsageError("which daemon? give --socket or --dir, or set RAILHEAD_CACHE_SOCKET")
-    return str(socket)
-
-
 @contextmanager
 def _daemon_for(socket: Path | None, directory: Path | None, capacity: int | None) -> Iterator[str]:
     """The socket of a daemon; with --dir and --capacity one of our own if none serves there yet."""
     if directory is None or capacity is None:
-        yield _find_socket(socket, directory)
+        yield find_socket(socket, directory)
         return
     with tempfile.TemporaryDirectory(prefix="railhead-") as folder:
         command = [sys.executable, "-m", "cache", "serve", "--dir", str(directory), "--capacity", str(capacity)]
@@ -297,54 +240,8 @@ def _daemon_for(socket: Path | None, directory: Path | None, capacity: int | Non
                 process.wait()
 
 
-def _status_page(account: dict[str, Any]) -> str:
-    counters, readers = account["counters"], account["readers"]
-    reads = sum(readers.get(key, 0) for key in ("hits", "misses", "direct_reads"))
-    hit_ratio = f"{readers.get('hits', 0) / reads:.1%}" if reads else "–"
-    used, capacity = account["used_bytes"], account["capacity_bytes"]
-    causes = {key.removeprefix("wait_s:"): value for key, value in readers.items() if key.startswith("wait_s:")}
-    waits = (
-        ", ".join(f"{cause} {seconds:.1f} s" for cause, seconds in sorted(causes.items(), key=lambda kv: -kv[1]))
-        or "none"
-    )
-    rows = [
-        ("serving", f"{account['dir']} at {account['socket']}, for {account['uptime_s']:.0f} s"),
-        (
-            "used",
-            f"{format_bytes(used)} of {format_bytes(capacity)} ({used / capacity:.1%}), {account['extents']} extents",
-        ),
-        ("held by readers", f"{format_bytes(account['held_bytes'])} evicted but still open"),
-        ("at start", f"{format_bytes(account['resident_bytes_at_start'])} found on disk"),
-        ("from the origin", f"{format_bytes(counters['fetched_bytes'])} in {counters['fetched_blocks']} blocks"),
-        (
-            "",
-            f"{counters['demand_fetches']} waited for, {counters['prefetches']} ahead, {counters['retries']} tried again",
-        ),
-        ("readers", f"{account['clients']} connected, {account['streams']} with known order"),
-        (
-            "reads",
-            f"{reads:.0f}, hit ratio {hit_ratio}, {format_bytes(readers.get('direct_bytes', 0))} past the daemon",
-        ),
-        ("waited", f"{readers.get('wait_s', 0):.1f} s: {waits}"),
-        ("disk", _disk_line(account["disk"], capacity)),
-        (
-            "verified",
-            f"{counters['verified_blocks']} blocks, {counters['rotten_blocks']} rotten; scrubbed {counters['scrubbed_blocks']}, "
-            f"{account['scrub_rounds']} times through",
-        ),
-        ("evicted", f"{format_bytes(counters['evicted_bytes'])} in {counters['evicted_extents']} extents"),
-    ]
-    return "\n".join(f"{name:<16} {text}" for name, text in rows)
-
-
-def _disk_line(disk: dict[str, Any], capacity: int) -> str:
-    free = f", {format_bytes(disk['free_bytes'])} free on it" if disk["free_bytes"] is not None else ""
-    reason = f" ({disk['reason']})" if disk["state"] != "ok" else ""
-    short = f"; others need it: {format_bytes(disk['bound_bytes'])} are ours" if disk["bound_bytes"] < capacity else ""
-    return f"{disk['state']}{reason}{free}{short}"
-
-
-cli.add_command(index)
+for command in (status, ls, verify, evict, pin, unpin, resize, index):
+    cli.add_command(command)
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ class ReaderStats:
 
     hits: reads from resident blocks, without a request. misses: reads that waited for the daemon. direct_reads: reads from the origin
     past the daemon. *_bytes: the same in bytes. wait_s: seconds waited in misses and direct reads; wait_s_by_cause attributes them
-    (origin, delayed hit, disk, direct, open).
+    (docs/cache.md lists the causes).
     """
 
     hits: int = 0

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
-from typing import Protocol
+from typing import Any, Protocol
 
 from cache.daemon.control import Control
 from cache.daemon.probe import PROBE_PREFIX
 from cache.residency import messages as m
+
+MAX_LISTED = 256
 
 
 class Connection(Protocol):
@@ -23,10 +26,13 @@ class Clients:
         self._streams: dict[str, set[str]] = {}
         self._reports: dict[str, dict[str, float]] = {}
         self._totals: dict[str, float] = {}
+        self._since: dict[str, tuple[int, float]] = {}
+        """Process id (of its own namespace), and when it came."""
         control.on_held_evicted = self.nudge
 
-    def came(self, client_id: str, session: Connection) -> None:
+    def came(self, client_id: str, session: Connection, *, pid: int = 0) -> None:
         self._connections.setdefault(client_id, set()).add(session)
+        self._since.setdefault(client_id, (pid, time.monotonic()))
 
     def nudge(self, client_ids: Iterable[str]) -> None:
         """Tells readers that files which they hold were evicted, where they wait for us and would not look by themselves."""
@@ -39,6 +45,7 @@ class Clients:
         if self._connections[client_id]:
             return
         del self._connections[client_id]
+        self._since.pop(client_id, None)
         for stream_id in self._streams.pop(client_id, set()):
             self._control.tell(m.StreamClosed(stream_id))
         for key, value in self._reports.pop(client_id, {}).items():
@@ -61,6 +68,25 @@ class Clients:
             for key, value in report.items():
                 totals[key] = totals.get(key, 0) + value
         return {key: round(value, 6) for key, value in sorted(totals.items())}
+
+    def account(self) -> dict[str, Any]:
+        """Part of the daemon's status: how many there are, what all have reported, and those at work one by one (the first 256)."""
+        now = time.monotonic()
+        at_work = [client_id for client_id in self._connections if not client_id.startswith(PROBE_PREFIX)]
+        return {
+            "clients": len(at_work),
+            "readers": self.readers(),
+            "each_reader": [
+                {
+                    "client_id": client_id,
+                    "pid": self._since[client_id][0],
+                    "connected_s": round(now - self._since[client_id][1], 3),
+                    "streams": len(self._streams.get(client_id, ())),
+                    "stats": self._reports.get(client_id, {}),
+                }
+                for client_id in at_work[:MAX_LISTED]
+            ],
+        }
 
     @property
     def num_clients(self) -> int:

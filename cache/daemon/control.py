@@ -25,6 +25,7 @@ from cache.daemon.indexes import Indexes
 from cache.daemon.lending import Lending
 from cache.daemon.peerconfig import PeerConfig
 from cache.daemon.peers import Peers, listen, node_id_of
+from cache.daemon.people import People
 from cache.daemon.pool import Greeting, WorkerPool
 from cache.daemon.restoring import Restoring
 from cache.daemon.words import Words
@@ -83,6 +84,7 @@ class Control:
         self._timer: asyncio.TimerHandle | None = None
         self._health_said_s = 0.0
         self._listener: socket.socket | None = None
+        self.people = People(self)
         self.indexes = Indexes(
             directory.path, lambda: self.residency.budget.capacity_bytes, self._ask, self._step, self._request_ids
         )
@@ -118,6 +120,7 @@ class Control:
     async def start(self) -> None:
         self.pool.start()
         await self.hands.open_index()
+        await self.people.load_pins()
         await self.restoring.begin()
         await self.indexes.start()
         self.resident_bytes_at_start = self.residency.budget.used_bytes
@@ -247,6 +250,7 @@ class Control:
             "origins": residency.origins.account(),
             "fetching": asdict(self.hands.fetcher.totals),
             "counters": asdict(residency.counters),
+            "pins": list(residency.residents.pins),
             "recovery": {
                 "extents": self.restoring.stock.num_files,
                 "adopted": self.restoring.stock.num_adopted,

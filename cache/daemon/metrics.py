@@ -11,6 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from cache.errors import CacheConfigError
 from cache.residency.health import Health
+from cache.residency.on_readers import CAUSES
 
 if TYPE_CHECKING:
     from prometheus_client.registry import Collector
@@ -59,6 +60,10 @@ READERS = {
 }
 
 
+WAIT_CAUSES = (*CAUSES[1:], "direct", "open")
+WAITS = "Seconds that readers waited for data, by what they waited for"
+
+
 class HasStatus(Protocol):
     def status(self) -> dict[str, Any]: ...
 
@@ -79,6 +84,10 @@ class _DaemonCollector:
             yield CounterMetricFamily(f"railhead_cache_{_unit(key)}", text, value=status["counters"][key])
         for key, text in READERS.items():
             yield CounterMetricFamily(f"railhead_cache_reader_{_unit(key)}", text, value=status["readers"].get(key, 0))
+        waits = CounterMetricFamily("railhead_cache_reader_wait_by_cause_seconds", WAITS, labels=["cause"])
+        for cause in WAIT_CAUSES:
+            waits.add_metric([cause.replace(" ", "-")], status["readers"].get(f"wait_s:{cause}", 0.0))
+        yield waits
 
 
 def _unit(key: str) -> str:

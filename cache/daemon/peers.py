@@ -105,6 +105,10 @@ class Peers:
         await asyncio.gather(*(self._greet(address) for address in others))
         self._settle()
 
+    def resized(self, capacity_bytes: int) -> None:
+        """This node's share of what is owned follows at the next round."""
+        self._capacity_bytes = capacity_bytes
+
     def address_of(self, node_id: str) -> Address | None:
         return next((address for address, name in self._names.items() if name == node_id), None)
 

@@ -77,7 +77,7 @@ class Daemon:
             self._directory.close()
 
     def status(self) -> dict[str, Any]:
-        return {**self.control.status(), "clients": self.clients.num_clients, "readers": self.clients.readers()}
+        return {**self.control.status(), **self.clients.account()}
 
     async def _accept(self, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()

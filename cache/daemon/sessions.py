@@ -8,7 +8,10 @@ Requests and their answers (each request with an `id` is answered exactly once, 
     check     {content_id, extent_idx}                       → {cause}
     list      {url}                                          → {objects}
     status    {}                                             → the daemon's account
-    evict     {url}                                          → {evicted_bytes, num_objects}
+    evict     {url}                                          → {evicted_bytes, num_objects, num_pinned}
+    ls        {url, after}                                   → {objects, after}: what is on the disk, and where to go on
+    pin       {url, is_pinned}                               → {pins, num_objects, on_disk_bytes, …}
+    resize    {capacity_bytes, max_files?}                   → {before_bytes, used_bytes, held_bytes}
     resident  {content_ids}                                  → {bytes}, of each object on this node's disk
     index     {key}                                          → {found} + the file, if it is here (see daemon/indexes.py)
     keep      {key} + index                                  → {}
@@ -161,12 +164,12 @@ class Session:
         if self._client_id:
             raise CacheError("hello came twice")
         self._client_id = str(request["client_id"])
-        self._clients.came(self._client_id, self)
+        self._clients.came(self._client_id, self, pid=int(request.get("pid", 0)))
         header = {
             "version": wire.PROTOCOL_VERSION,
             "daemon_id": self._control.daemon_id,
             "num_words": self._control.words.num_words,
-            "capacity_bytes": self._control.config.capacity_bytes,
+            "capacity_bytes": self._control.residency.budget.capacity_bytes,
         }
         return header, [os.dup(self._control.words.fd)]
 
@@ -217,20 +220,21 @@ class Session:
         return {"objects": await self._control.catalogue.list_objects(str(request["url"]))}, []
 
     async def _status(self, request: dict[str, Any]) -> Reply:
-        status = self._control.status()
-        return {"status": {**status, "clients": self._clients.num_clients, "readers": self._clients.readers()}}, []
+        return {"status": {**self._control.status(), **self._clients.account()}}, []
 
     async def _evict(self, request: dict[str, Any]) -> Reply:
-        """What this node holds of an object, or of all below a prefix; the origin is not asked, for it may hold them no longer."""
+        return await self._control.people.evict(str(request["url"]).rstrip("/")), []
+
+    async def _ls(self, request: dict[str, Any]) -> Reply:
+        return await self._control.people.list_here(str(request["url"]).rstrip("/"), str(request["after"])), []
+
+    async def _pin(self, request: dict[str, Any]) -> Reply:
         url = str(request["url"]).rstrip("/")
-        residency = self._control.residency
-        await self._control.restoring.finished()
-        before = residency.counters.evicted_bytes
-        held = [o for o in residency.objects() if o.url == url or o.url.startswith(f"{url}/")]
-        on_disk = [o for o in held if residency.on_disk_bytes(o.content_id)]
-        for object_id in on_disk:
-            self._control.tell(m.EvictAsked(object_id.content_id))
-        return {"evicted_bytes": residency.counters.evicted_bytes - before, "num_objects": len(on_disk)}, []
+        return await self._control.people.pin(url, is_pinned=bool(request["is_pinned"])), []
+
+    async def _resize(self, request: dict[str, Any]) -> Reply:
+        max_files = None if request.get("max_files") is None else int(request["max_files"])
+        return self._control.people.resize(int(request["capacity_bytes"]), max_files), []
 
     async def _resident(self, request: dict[str, Any]) -> Reply:
         residency = self._control.residency
@@ -298,6 +302,9 @@ _ANSWERED: dict[str, Callable[[Session, dict[str, Any]], Awaitable[Reply]]] = {
     "list": Session._list,
     "status": Session._status,
     "evict": Session._evict,
+    "ls": Session._ls,
+    "pin": Session._pin,
+    "resize": Session._resize,
     "resident": Session._resident,
     "index": Session._index,
 }

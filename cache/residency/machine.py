@@ -166,6 +166,7 @@ _HANDLERS: dict[type, Callable[[State, Any], None]] = {
     m.BlocksFailed: on_disk.blocks_failed,
     m.BlocksChecked: on_disk.blocks_checked,
     m.EvictAsked: on_readers.evict_asked,
+    m.PinsChanged: on_readers.pins_changed,
     m.CapacityChanged: on_disk.capacity_changed,
     m.DiskSeen: on_disk.disk_seen,
     m.DiskTroubled: on_disk.disk_troubled,

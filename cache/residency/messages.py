@@ -208,6 +208,13 @@ class EvictAsked:
 
 
 @dataclass(frozen=True)
+class PinsChanged:
+    """All urls that are pinned now. An object that is one of them, or below one of them, is not evicted to make room for others."""
+
+    urls: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class CapacityChanged:
     """A new bound; None leaves the one on files as it is."""
 
@@ -300,6 +307,7 @@ Event = (
     | BlocksFailed
     | BlocksChecked
     | EvictAsked
+    | PinsChanged
     | CapacityChanged
     | DiskSeen
     | DiskTroubled

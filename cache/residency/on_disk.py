@@ -8,6 +8,7 @@ from cache.residency import messages as m
 from cache.residency.blockstate import BlockMove, BlockState
 from cache.residency.budget import INDEX_BYTES_PER_EXTENT
 from cache.residency.health import SLOW_S
+from cache.residency.on_readers import table_is_read
 from cache.residency.peerhealth import OUT_OF_USE
 from cache.residency.residents import Extent
 from cache.residency.state import State
@@ -52,6 +53,7 @@ def extent_table_read(s: State, event: m.ExtentTableRead) -> None:
     if extent is not None and extent.needs_table:
         extent.needs_table = False
         _open_found(s, extent, event.present)
+        table_is_read(s, extent, is_sound=True)
 
 
 def _open_found(s: State, extent: Extent, present: frozenset[int]) -> None:
@@ -73,6 +75,7 @@ def extent_failed(s: State, event: m.ExtentFailed) -> None:
     keys = [(event.extent.content_id, block) for block in extent.block_indices]
     if extent.needs_table:
         # A file from before this daemon that cannot be read: forget it, and fetch what is waited for.
+        table_is_read(s, extent, is_sound=False)
         s.evict(extent)
         s.demand.update(key for key in keys if s.waiting.is_wanted(key))
         return

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from cache.blocks import BLOCKS_PER_FETCH
+from cache.blocks import BLOCKS_PER_FETCH, ExtentId, extent_of
 from cache.errors import CacheError, PeerError
 from cache.residency import messages as m
 from cache.residency.blockstate import BlockState
 from cache.residency.budget import release
+from cache.residency.pump import read_table
 from cache.residency.residents import Extent, KnownObject
 from cache.residency.state import State
 from cache.residency.waiting import BlockKey, Check, Want
@@ -14,8 +15,9 @@ from cache.residency.waiting import BlockKey, Check, Want
 MAX_HINTS = 131_072
 """Blocks; 32 GiB."""
 
-_CAUSES = ("hit", "delayed hit", "disk", "origin")
-"""What a request is said to have waited for: the costliest of its blocks' causes."""
+CAUSES = ("hit", "delayed hit", "disk", "peer", "origin", "order unknown")
+"""What a request is said to have waited for: the costliest of its blocks' causes. `order unknown`: it came from the origin or a peer, and
+nobody had said before that it would be read, so it could not be here in time; `origin`, `peer`: it was announced, and came too late."""
 
 
 def object_opened(s: State, event: m.ObjectOpened) -> None:
@@ -45,7 +47,7 @@ def blocks_wanted(s: State, event: m.BlocksWanted) -> None:
         want.missing.add(block)
         if event.for_peer:
             s.from_origin.add(key)
-        want.cause = max(want.cause, _cause(s, key, state, extent), key=_CAUSES.index)
+        want.cause = max(want.cause, _cause(s, key, state, extent), key=CAUSES.index)
         if not state.is_busy:
             s.demand.add(key)
             s.hints.pop(key, None)
@@ -77,7 +79,12 @@ def _cause(s: State, key: BlockKey, state: BlockState, extent: Extent | None) ->
     if state in (BlockState.VERIFYING, BlockState.UNVERIFIED) or (extent is not None and extent.needs_table):
         return "disk"
     is_coming = key in s.demand or s.waiting.is_wanted(key) or (extent is not None and key[1] in extent.backlog)
-    return "delayed hit" if is_coming or state is BlockState.FETCHING else "origin"
+    if is_coming or state is BlockState.FETCHING:
+        return "delayed hit"
+    if not s.lookahead.is_announced(*key):
+        return "order unknown"
+    is_borrowed = key not in s.from_origin and s.origins.source_of(ExtentId(key[0], extent_of(key[1])))
+    return "peer" if is_borrowed else "origin"
 
 
 def want_settled(s: State, event: m.WantSettled) -> None:
@@ -100,6 +107,9 @@ def blocks_hinted(s: State, event: m.BlocksHinted) -> None:
 
 def check_asked(s: State, event: m.CheckAsked) -> None:
     extent = s.residents.extents.get(event.extent)
+    if extent is not None and extent.needs_table:
+        _await_table(s, extent, event)
+        return
     check = Check(event, set())
     if extent is not None and extent.is_open:
         for block in extent.block_indices:
@@ -113,6 +123,23 @@ def check_asked(s: State, event: m.CheckAsked) -> None:
         extent.num_waiters += 1
     else:
         s.actions.append(m.Answer(event.request_id))
+
+
+def _await_table(s: State, extent: Extent, event: m.CheckAsked) -> None:
+    """Which blocks there are to check is not known yet; the check goes on when it is (`checks_of_table`)."""
+    s.checks_of_table.setdefault(event.extent, []).append(event)
+    extent.num_waiters += 1
+    read_table(s, extent)
+
+
+def table_is_read(s: State, extent: Extent, *, is_sound: bool) -> None:
+    """Checks that waited for it go on; of a file that cannot be read they say so."""
+    for event in s.checks_of_table.pop(extent.key, ()):
+        extent.num_waiters -= 1
+        if is_sound:
+            check_asked(s, event)
+        else:
+            s.actions.append(m.Answer(event.request_id, cause="1 rotten"))
 
 
 def extent_suspected(s: State, event: m.ExtentSuspected) -> None:
@@ -153,6 +180,12 @@ def client_gone(s: State, event: m.ClientGone) -> None:
         want_settled(s, m.WantSettled(request_id))
     for check in s.waiting.drop_checks_of(event.client_id):
         s.check_ended(check)
+    for key, events in list(s.checks_of_table.items()):
+        others = [e for e in events if e.client_id != event.client_id]
+        s.residents.extents[key].num_waiters -= len(events) - len(others)
+        s.checks_of_table[key] = others
+        if not others:
+            del s.checks_of_table[key]
     for content_id, known in s.residents.objects.items():
         if event.client_id in known.clients:
             known.clients.discard(event.client_id)
@@ -176,6 +209,10 @@ def evict_asked(s: State, event: m.EvictAsked) -> None:
     if known is None:
         return
     for extent in list(s.residents.extents_of(known)):
-        if extent.is_evictable:
+        if extent.is_evictable and not known.is_pinned:
             s.evict(extent)
     s.maybe_unused.add(event.content_id)
+
+
+def pins_changed(s: State, event: m.PinsChanged) -> None:
+    s.residents.pin(event.urls)

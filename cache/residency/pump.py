@@ -98,7 +98,7 @@ def _start_prefetch(s: State) -> bool:
     if extent is None:
         return _new_extent(s, (visit.content_id, block), distance, is_demand=False) is not None
     if not extent.is_open:
-        _read_table(s, extent)
+        read_table(s, extent)
         return True
     size = reach(distance, visit.end - visit.first)
     _start_run(s, extent, block, size, min(visit.end, extent.block_indices.stop), is_demand=False)
@@ -185,11 +185,11 @@ def _start_run(s: State, extent: Extent, block: int, size: int, own_end: int, *,
 def _await_file(s: State, extent: Extent, block: int) -> None:
     """The block is started once its file is open."""
     if extent.needs_table:
-        _read_table(s, extent)
+        read_table(s, extent)
     extent.backlog[block] = None
 
 
-def _read_table(s: State, extent: Extent) -> None:
+def read_table(s: State, extent: Extent) -> None:
     if extent.key not in s.opening:
         s.opening.add(extent.key)
         s.actions.append(m.ReadTable(extent.key, extent.generation))
@@ -209,7 +209,7 @@ def scrub(s: State, event: m.ScrubDue) -> None:
     key, run = taken
     extent = s.residents.extents[key]
     if run is None:
-        _read_table(s, extent)
+        read_table(s, extent)
     else:
         s.counters.scrubbed_blocks += len(run)
         _start_check(s, extent, run)
@@ -297,17 +297,20 @@ def make_room(s: State, need_bytes: int, need_files: int, own_next_use: float) -
 
 
 def _shrink(s: State) -> None:
-    """The bound was made smaller than what is there: evicts what it can now, the rest when nobody needs it to stay."""
+    """The bound was made smaller than what is there: evicts what it can now, the rest when nobody needs it to stay. What is pinned goes
+    only if the rest is not enough: a bound is a bound, whatever somebody wanted to keep."""
     budget = s.budget
-    candidates = _candidates(s)
-    back_bytes, back_files = budget.expected_back(s.now)
-    short = min(-budget.free_bytes - back_bytes, sum(candidate.size_bytes for candidate in candidates))
-    short_files = min(-budget.free_files - back_files, len(candidates))
-    for victim in s.policy.choose(short, candidates, -1, short_files).victims:
-        s.evict(s.residents.extents[victim])
+    for is_pinned in (False, True):
+        candidates = _candidates(s, is_pinned=is_pinned)
+        back_bytes, back_files = budget.expected_back(s.now)
+        short = min(-budget.free_bytes - back_bytes, sum(candidate.size_bytes for candidate in candidates))
+        short_files = min(-budget.free_files - back_files, len(candidates))
+        if short > 0 or short_files > 0:
+            for victim in s.policy.choose(short, candidates, -1, short_files).victims:
+                s.evict(s.residents.extents[victim])
 
 
-def _candidates(s: State) -> list[Candidate]:
+def _candidates(s: State, *, is_pinned: bool = False) -> list[Candidate]:
     return [
         Candidate(
             e.key,
@@ -318,5 +321,5 @@ def _candidates(s: State) -> list[Candidate]:
             is_borrowed=bool(s.origins.source_of(e.key)),
         )
         for e in s.residents.extents.values()
-        if e.is_evictable
+        if e.is_evictable and e.owner.is_pinned is is_pinned
     ]

@@ -31,6 +31,8 @@ class KnownObject:
     object_id: ObjectId
     base: int
     clients: set[str] = field(default_factory=set)
+    is_pinned: bool = False
+    """A person wants it to stay: evicted only if the bound cannot be kept otherwise."""
 
     @property
     def num_blocks(self) -> int:
@@ -100,6 +102,13 @@ class Residents:
         self._slots = slots
         self.objects: dict[str, KnownObject] = {}
         self.extents: dict[ExtentId, Extent] = {}
+        self.pins: tuple[str, ...] = ()
+
+    def pin(self, urls: tuple[str, ...]) -> None:
+        """These, and what lies below them, are pinned from now on; nothing else is."""
+        self.pins = urls
+        for known in self.objects.values():
+            known.is_pinned = is_below_any(known.object_id.url, urls)
 
     def learn(self, object_id: ObjectId) -> KnownObject:
         """The object, given its words if it is new. Raises CapacityError when the table of words is full."""
@@ -107,6 +116,7 @@ class Residents:
         if known is None:
             size = object_id.size_bytes
             known = KnownObject(object_id, self._slots.take(num_blocks(size) + num_extents(size)))
+            known.is_pinned = bool(self.pins) and is_below_any(object_id.url, self.pins)
             self.objects[object_id.content_id] = known
         return known
 
@@ -159,3 +169,12 @@ class Residents:
         known = self.objects.get(content_id)
         readable = [state for state in STATES if state.is_readable]
         return 0 if known is None else sum(extent.count(readable) for extent in self.extents_of(known))
+
+
+def is_below_any(url: str, prefixes: Iterable[str]) -> bool:
+    """Whether a url is one of these, or lies below one of them.
+
+    >>> is_below_any("s3://b/train/0.tar", ["s3://b/train"]), is_below_any("s3://b/training/0.tar", ["s3://b/train"])
+    (True, False)
+    """
+    return any(url == prefix or url.startswith(prefix if prefix.endswith("/") else f"{prefix}/") for prefix in prefixes)

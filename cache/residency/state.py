@@ -97,6 +97,8 @@ class State:
         self.check_queue: deque[BlockKey] = deque()
         self.suspects: set[BlockKey] = set()
         """Blocks in `check_queue` that nobody waits for: a reader could not read them."""
+        self.checks_of_table: dict[ExtentId, list[m.CheckAsked]] = {}
+        """Checks of files of which it is not known yet what they hold."""
         self.health = DiskHealth()
         self.disk_error: CacheError = CapacityError("the disk was refused for no reason")
         """Why the disk is not used just now."""

@@ -5,6 +5,7 @@
     <dir>/index.db                 SQLite index
     <dir>/extents/<xx>/<content id>.<extent>.<generation>
     <dir>/indexes/<key>.idx        indices of data sets (shelf.py)
+    <dir>/pins.json                what a person wants to stay (pins.py)
 
 Nothing outside these names is ever touched: other files in the directory are somebody else's.
 """

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from cache.blocks import ExtentId, ObjectId, num_extents
 from cache.errors import CorruptBlock
 from cache.store.directory import CacheDirectory, split_extent_name
-from cache.store.files import extent_files, read_header, remove_extent
+from cache.store.files import extent_files, read_identity, remove_extent
 from cache.store.format import ExtentHeader
 from cache.store.index import Index, IndexRow, index_errors
 
@@ -116,7 +116,7 @@ def _by_header(directory: CacheDirectory, content_id: str, files: list[FoundFile
     for file in files:
         path = directory.extent_path(ExtentId(content_id, file.extent_idx), file.generation)
         with contextlib.suppress(CorruptBlock):
-            header, _ = read_header(path)
+            header = read_identity(path)
             if (header.object_id.content_id, header.extent_idx) == (content_id, file.extent_idx):
                 return header.object_id
     return None

@@ -7,6 +7,7 @@ import pytest
 from cache.blocks import BLOCK_BYTES, EXTENT_BYTES, ExtentId, ObjectId
 from cache.errors import AccessDenied, CapacityError, CorruptBlock, DiskError, ObjectChanged, OriginUnavailable
 from cache.order.lookahead import Visit
+from cache.residency import messages as m
 from cache.residency.budget import STALE_HOLD_S
 from cache.residency.health import FIRST_PAUSE_S
 from cache.residency.patience import COOLING_S
@@ -45,7 +46,7 @@ def test_a_block_has_one_fetch_in_flight_however_many_wait() -> None:
         requests.append(world.want(client, A, 0, 3))
     world.run_until_quiet()
     assert [world.num_fetches[A.content_id, block] for block in range(3)] == [1, 1, 1]
-    assert [world.answers[rid].cause for rid in requests] == ["origin", "delayed hit", "delayed hit"]
+    assert [world.answers[rid].cause for rid in requests] == ["order unknown", "delayed hit", "delayed hit"]
 
 
 def test_a_reader_of_the_first_block_does_not_wait_for_the_last() -> None:
@@ -202,6 +203,68 @@ def test_a_rotten_block_is_fetched_again_and_never_published() -> None:
     world.run_until_quiet()
     assert world.answers[request_id].error is None and world.num_fetches[A.content_id, 0] == 1
     assert world.machine.counters.rotten_blocks == 1
+
+
+def test_what_a_reader_waited_for_is_said_as_what_one_can_do_about_it() -> None:
+    """Nobody had said that it would be read; it was announced and the origin was too slow; it is being verified after a restart."""
+    world = World(10_000 * MIB)
+    world.found(LONG, 0, 5, [0])
+    world.open("a", A)
+    world.open("a", LONG)
+    world.announce("a", "s", [Visit(A.content_id, 0, 1)])
+    requests = [
+        world.want("a", A, 0, 1),
+        world.want("a", A, 2, 3),
+        world.want("a", LONG, 0, 1),
+        world.want("b", LONG, 0, 2),
+    ]
+    world.run_until_quiet()
+    assert [world.answers[request].cause for request in requests] == ["origin", "order unknown", "disk", "disk"]
+
+
+def test_a_check_of_a_file_from_before_reads_its_table_first() -> None:
+    """`verify` after a restart: what nobody has opened yet is compared as well, not passed over as sound."""
+    world = World(100 * MIB)
+    world.found(A, 0, 5, [0, 1])
+    request_id = world.check("p", ExtentId(A.content_id, 0))
+    other_id = world.check("q", ExtentId(A.content_id, 0))
+    world.leave("q")
+    world.table_done(world.tables[0])
+    assert [(c.first, c.end) for c in world.checks] == [(0, 2)] and request_id not in world.answers
+    world.check_done(world.checks[0], is_sound=False)
+    assert world.answers[request_id].cause == "2 rotten" and other_id not in world.answers
+    world.run_until_quiet()
+
+
+def test_a_check_of_a_file_whose_table_cannot_be_read_says_so() -> None:
+    world = World(100 * MIB)
+    world.found(A, 0, 5, [0, 1])
+    request_id = world.check("p", ExtentId(A.content_id, 0))
+    world.table_done(world.tables[0], CorruptBlock("torn"))
+    assert "rotten" in world.answers[request_id].cause and world.machine.num_extents == 0
+
+
+def test_what_is_pinned_is_not_evicted_for_others_and_gives_way_to_the_bound_alone() -> None:
+    pinned, other = (ObjectId(f"s3://{name}/0", '"1"', 3 * BLOCK_BYTES) for name in ("keep", "other"))
+    world = World(30 * MIB)
+    world.step(m.PinsChanged(("s3://keep",)))
+    world.open("a", A)
+    for object_id in (pinned, other):
+        world.open("a", object_id)
+        world.want("a", object_id, 0, 3)
+        world.run_until_quiet()
+        for request_id in list(world.unsettled):
+            world.settle(request_id)
+    world.want("a", A, 0, 1)
+    world.run_until_quiet()
+    here = [extent.content_id for extent in world.machine.residents.extents]
+    assert pinned.content_id in here and other.content_id not in here, "though it was used longer ago"
+    world.evict(pinned)
+    assert world.machine.on_disk_bytes(pinned.content_id)
+    for request_id in list(world.unsettled):
+        world.settle(request_id)
+    world.set_capacity(0)
+    assert not world.machine.on_disk_bytes(pinned.content_id)
 
 
 def test_a_file_whose_table_cannot_be_read_is_made_anew() -> None:
