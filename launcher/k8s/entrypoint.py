@@ -36,6 +36,7 @@ FLAG_OF = {
     "resources.per_node": "resources",
     "run_id": "rdzv-id",
     "logs.line_prefix_template": "log-line-prefix-template",
+    "logs.progress": "show-progress",
 }
 """Fields whose flag has another name. Every other field is said by the flag of its own name, so one that is added needs nothing here."""
 _UNITS = ("_s", "_bytes")

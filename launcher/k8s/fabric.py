@@ -17,6 +17,7 @@ from launcher.k8s.options import KubeOptions
 from launcher.k8s.wiring import Wiring
 
 HUGEPAGES = "hugepages-2Mi"
+_ZONE = "topology.kubernetes.io/zone"
 EFA_DEVICES = {
     "p4d.24xlarge": 4,
     "p4de.24xlarge": 4,
@@ -78,7 +79,9 @@ def _efa(kube: KubeOptions) -> Wiring:
     return Wiring(
         resources={"vpc.amazonaws.com/efa": str(count), HUGEPAGES: "5120Mi"},
         locks_memory=True,
-        note="EFA reaches within one availability zone only: pin it with --node-selector topology.kubernetes.io/zone=…",
+        note=""
+        if _ZONE in kube.node_selector
+        else f"EFA reaches within one availability zone only: pin it with --node-selector {_ZONE}=…",
     )
 
 

@@ -128,7 +128,7 @@ def _ray_job(job: KubeJob, wiring: Wiring, queue: Queueing) -> dict[str, Any]:
     if kube.working_dir is not None:
         spec["runtimeEnvYAML"] = f"working_dir: {json.dumps(kube.working_dir)}\n"
     if kube.submission is Submission.JOB:
-        spec["submitterPodTemplate"] = pods.submitter_template(job, wiring)
+        spec["submitterPodTemplate"] = pods.submitter_template(job)
     spec["rayClusterSpec"] = _cluster(job, wiring, queue)
     metadata = extras.metadata(job, kube.name)
     metadata["labels"] |= dict(queue.labels)
@@ -147,7 +147,7 @@ def _cluster(job: KubeJob, wiring: Wiring, queue: Queueing) -> dict[str, Any]:
     cluster["headGroupSpec"] = {
         # num-cpus 0: ranks go to workers, never to the head, which has no GPUs and must outlive them.
         "rayStartParams": {"num-cpus": "0", "object-store-memory": store},
-        "template": pods.head_template(job, wiring),
+        "template": pods.head_template(job),
     }
     cluster["workerGroupSpecs"] = [
         {

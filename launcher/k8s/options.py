@@ -162,6 +162,8 @@ class KubeOptions:
     """URI of a zip that Ray unpacks on each node (s3://…, gs://…, https://…)."""
     files: Mapping[str, str] = field(default_factory=dict)
     """Small files, name → text, that travel in a ConfigMap and lie in /railhead/code."""
+    claims: tuple[tuple[str, str], ...] = ()
+    """PersistentVolumeClaims and where they are mounted in the workers: for checkpoints, which must outlive pods and nodes."""
     data: tuple[str, ...] = ()
     """URLs that `preload` warms."""
     cache: CacheSettings = CacheSettings()

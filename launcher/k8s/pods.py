@@ -37,12 +37,12 @@ SPOT_LABELS = (
 _SPOT_TAINTS = (("cloud.google.com/gke-spot", "true"), ("kubernetes.azure.com/scalesetpriority", "spot"))
 
 
-def head_template(job: KubeJob, wiring: Wiring) -> dict[str, Any]:
-    """The head drives and trains nothing: it has neither GPUs nor the fabric."""
+def head_template(job: KubeJob) -> dict[str, Any]:
+    """The head drives and trains nothing: it has neither GPUs nor the fabric, nor the rights that go with it."""
     kube = job.kube
     resources = _resources({"cpu": format_cpus(kube.head_cpus), "memory": kube.head_memory})
     spec: dict[str, Any] = {
-        **_pod(job, wiring),
+        **_pod(job, Wiring()),
         "containers": [_ray_container(job, "head", resources, mounts=[], env=[_stop_wait(job)])],
         "volumes": _job_volumes(job),
     }
@@ -55,7 +55,13 @@ def worker_template(job: KubeJob, wiring: Wiring, annotations: dict[str, str]) -
     kube = job.kube
     cache = cache_parts(job, user_env(job), env_from(job))
     shm = {"name": "shared-mem", "emptyDir": {"medium": "Memory", "sizeLimit": format_bytes(job.shm_bytes)}}
-    mounts = [{"name": "shared-mem", "mountPath": "/dev/shm"}, *cache.ray_mounts, *map(dict, wiring.mounts)]
+    claims = [(f"claim-{idx}", name, path) for idx, (name, path) in enumerate(kube.claims)]
+    mounts = [
+        {"name": "shared-mem", "mountPath": "/dev/shm"},
+        *cache.ray_mounts,
+        *map(dict, wiring.mounts),
+        *({"name": volume, "mountPath": path} for volume, _, path in claims),
+    ]
     limits = {"cpu": format_cpus(kube.cpus), "memory": kube.memory, **dict(wiring.resources)}
     if kube.gpus:
         limits[kube.gpu_resource] = str(kube.gpus)
@@ -70,7 +76,13 @@ def worker_template(job: KubeJob, wiring: Wiring, annotations: dict[str, str]) -
     before = [*cache.init_containers, *({**one, **_pull_policy(job)} for one in wiring.daemons)]
     if before:
         spec["initContainers"] = before
-    spec["volumes"] = [shm, *cache.volumes, *map(dict, wiring.volumes), *_job_volumes(job)]
+    spec["volumes"] = [
+        shm,
+        *cache.volumes,
+        *map(dict, wiring.volumes),
+        *({"name": volume, "persistentVolumeClaim": {"claimName": name}} for volume, name, _ in claims),
+        *_job_volumes(job),
+    ]
     if wiring.host_network:
         spec |= {"hostNetwork": True, "dnsPolicy": "ClusterFirstWithHostNet"}
     selector = dict(kube.node_selector)
@@ -90,7 +102,7 @@ def worker_template(job: KubeJob, wiring: Wiring, annotations: dict[str, str]) -
     return {"metadata": metadata, "spec": spec}
 
 
-def submitter_template(job: KubeJob, wiring: Wiring) -> dict[str, Any]:
+def submitter_template(job: KubeJob) -> dict[str, Any]:
     """KubeRay's own default takes neither pull secrets nor tolerations from the head; without a command, its submit line is used."""
     container: dict[str, Any] = {
         "name": SUBMITTER,
@@ -101,7 +113,7 @@ def submitter_template(job: KubeJob, wiring: Wiring) -> dict[str, Any]:
     }
     return {
         "metadata": {"labels": job_labels(job, "submitter")},
-        "spec": {**_pod(job, wiring), "containers": [container]},
+        "spec": {**_pod(job, Wiring()), "containers": [container]},
     }
 
 

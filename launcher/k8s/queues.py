@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from launcher.errors import SpecError
-from launcher.k8s.options import KubeJob, Scheduler, ScheduleWith, Submission
+from launcher.k8s.options import CacheMode, KubeJob, Scheduler, ScheduleWith, Submission
 
 TOPOLOGY_WORDS = ("required", "preferred")
 
@@ -78,9 +78,7 @@ def _volcano(job: KubeJob, queue: str) -> Queueing:
     labels = {"volcano.sh/queue-name": queue}
     if job.kube.priority_class is not None:
         labels["ray.io/priority-class-name"] = job.kube.priority_class
-    return Queueing(
-        labels, note="the operator must run with --batch-scheduler=volcano; its sums leave the cache sidecar out"
-    )
+    return Queueing(labels, note=f"the operator must run with --batch-scheduler=volcano{_left_out(job)}")
 
 
 def _yunikorn(job: KubeJob, queue: str) -> Queueing:
@@ -90,9 +88,12 @@ def _yunikorn(job: KubeJob, queue: str) -> Queueing:
         "yunikorn.apache.org/app-id": job.kube.name,
         "yunikorn.apache.org/queue": queue,
     }
-    return Queueing(
-        labels, note="the operator must run with --batch-scheduler=yunikorn; its sums leave the cache sidecar out"
-    )
+    return Queueing(labels, note=f"the operator must run with --batch-scheduler=yunikorn{_left_out(job)}")
+
+
+def _left_out(job: KubeJob) -> str:
+    """KubeRay sums containers for these schedulers, and native sidecars are none."""
+    return "; its sums leave the cache sidecar out" if job.kube.cache.mode is CacheMode.SIDECAR else ""
 
 
 def _kai(job: KubeJob, queue: str) -> Queueing:

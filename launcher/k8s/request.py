@@ -170,6 +170,7 @@ def _build(request: Request, environ: Mapping[str, str], read_text: Callable[[st
         tolerations=request.all("toleration"),
         labels=dict(request.all("label")),
         data=request.all("data"),
+        claims=request.all("claim"),
         spot=request.has("spot"),
         autoscale=request.has("autoscale"),
         network_policy=request.has("network-policy"),

@@ -150,6 +150,17 @@ def secret_env(value: str) -> SecretVariable:
     return SecretVariable(found[1], found[2], found[3])
 
 
+def claim(value: str) -> tuple[str, str]:
+    """
+    >>> claim("checkpoints=/checkpoints")
+    ('checkpoints', '/checkpoints')
+    """
+    name_, equals, path = value.partition("=")
+    if not equals or not is_object_name(name_):
+        raise ValueError("NAME=/PATH, like checkpoints=/checkpoints")
+    return name_, absolute_path(path)
+
+
 def toleration(value: str) -> dict[str, Any]:
     """KEY, KEY=VALUE, or either with :EFFECT.
 

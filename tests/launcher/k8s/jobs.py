@@ -262,6 +262,7 @@ def jobs(draw: st.DrawFn) -> KubeJob:
             env_from_secrets=draw(st.sampled_from([(), ("s3",)])),
             working_dir=draw(st.none() | st.just("s3://bucket/code.zip")),
             files=draw(st.sampled_from([{}, {"train.py": "print(1)\n"}])),
+            claims=draw(st.sampled_from([(), (("checkpoints", "/checkpoints"),)])),
             data=data,
             cache=CacheSettings(
                 mode,

@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from launcher.k8s.commands import _LOOKUP_FLAGS, _SUBMIT_FLAGS
 from launcher.k8s.fabric import FABRICS
+from launcher.k8s.flags import BY_NAME as KUBE_FLAGS
 from launcher.k8s.jobfile import _ELSEWHERE
 from launcher.k8s.manifest import render
 from launcher.k8s.request import cut, to_job, with_job_file
+from launcher.options.table import BY_NAME as LAUNCHER_FLAGS
 
 ROOT = Path(__file__).parents[3]
 DOCS = ROOT / "docs"
@@ -39,8 +42,22 @@ def test_every_fabric_and_every_sample_is_in_the_docs() -> None:
     text = (DOCS / "kubernetes.md").read_text()
     for name in FABRICS:
         assert name == "none" or f"| `{name}` |" in text
+    howto = (DOCS / "kubernetes-howto.md").read_text()
+    headings = "".join(re.findall(r"^## .*$", howto, re.MULTILINE))
     for path in (ROOT / "k8s" / "samples").glob("*.job.yaml"):
-        assert f"`{path.name.removesuffix('.job.yaml')}`" in text
+        name = path.name.removesuffix(".job.yaml")
+        assert f"`{name}`" in headings and f"`{name}`" in text
+        assert f"python -m launcher submit --file k8s/samples/{path.name}" in howto
+
+
+def test_the_flags_that_the_docs_and_samples_name_exist() -> None:
+    """A flag that was renamed is found by whoever copies the line, else."""
+    known = {*KUBE_FLAGS, *LAUNCHER_FLAGS, *_SUBMIT_FLAGS, *_LOOKUP_FLAGS, "help"}
+    for path in DOCS.glob("kubernetes*.md"):
+        for line in path.read_text().splitlines():
+            if "python -m launcher" in line:
+                named = set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)", line.partition("train.py")[0]))
+                assert named <= known, (path.name, line)
 
 
 def test_files_that_the_docs_and_messages_name_are_there() -> None:

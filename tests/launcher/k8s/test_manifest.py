@@ -30,6 +30,7 @@ from launcher.options.parse import parse
 from launcher.spec import JobSpec, Program, ProgramKind
 from tests.launcher.k8s.jobs import (
     changed,
+    head,
     job,
     jobs,
     kube,
@@ -206,6 +207,27 @@ def test_a_shipped_script_is_run_from_where_it_is_mounted() -> None:
     rendered = render(job(files={"train.py": "print('hi')\n"}))
     assert ray_job(rendered)["spec"]["entrypoint"].endswith(" /railhead/code/train.py")
     assert next(one for one in rendered.objects if one["kind"] == "ConfigMap")["data"] == {"train.py": "print('hi')\n"}
+
+
+def test_a_claim_is_mounted_in_the_workers_where_ranks_write_checkpoints() -> None:
+    """Everything else of a pod goes with it."""
+    one = ray_job(render(job(claims=(("checkpoints", "/checkpoints"), ("scratch", "/scratch")))))
+    mounted = {mount["name"]: mount["mountPath"] for mount in worker(one)["containers"][0]["volumeMounts"]}
+    claims = {
+        volume["persistentVolumeClaim"]["claimName"]: mounted[volume["name"]]
+        for volume in worker(one)["volumes"]
+        if "persistentVolumeClaim" in volume
+    }
+    assert claims == {"checkpoints": "/checkpoints", "scratch": "/scratch"}
+    with pytest.raises(SpecError, match="/dev/shm"):
+        render(job(claims=(("scratch", "/dev/shm"),)))
+
+
+def test_only_workers_get_the_rights_that_the_fabric_needs() -> None:
+    one = ray_job(render(job(fabric="ib")))
+    assert worker(one)["securityContext"]["runAsUser"] == 0
+    submitter = one["spec"]["submitterPodTemplate"]["spec"]
+    assert head(one)["securityContext"]["runAsUser"] == submitter["securityContext"]["runAsUser"] == 1000
 
 
 def test_the_users_variable_wins_over_ours() -> None:
