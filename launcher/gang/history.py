@@ -9,6 +9,7 @@ import enum
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from launcher.gang import policy
 from launcher.gang.events import (
     Action,
     Announce,
@@ -65,8 +66,12 @@ class History:
     """Spent of --max-restarts."""
     num_preemptions: int = 0
     """Spent of --max-preemptions."""
-    num_quick: int = 0
-    """Attempts in a row that failed early."""
+    num_stuck: int = 0
+    """Attempts in a row that failed without progress."""
+    steps_before: int | None = None
+    """Optimizer steps of the last attempt that failed; None: none were seen."""
+    has_stepped: bool = False
+    """Some attempt was seen to make steps."""
     last_root: Failure | None = None
     is_saved: bool = False
     """The last attempt ended because its ranks had saved their state, and nothing has run since."""
@@ -98,6 +103,16 @@ class History:
         """Whether a spare could have ranks that the world has no place for now."""
         fresh = [node for node in self.spares if node.node_id not in self.draining]
         return bool(fresh) and 0 < self.size < self.rules.max_nodes
+
+
+def note_failure(history: History, failures: Sequence[Failure], root: Failure, now: float) -> History:
+    """What a failed attempt, over now, leaves in the books."""
+    steps = max((failure.steps or 0 for failure in failures if isinstance(failure, RankExited)), default=0) or None
+    has_stepped = history.has_stepped or steps is not None
+    lived_s = now - history.attempt_began_s
+    got_on = policy.made_progress(lived_s, root, steps, history.steps_before, has_stepped=has_stepped)
+    num_stuck = 0 if got_on else history.num_stuck + 1
+    return replace(history, num_stuck=num_stuck, steps_before=steps, has_stepped=has_stepped, last_root=root)
 
 
 def seat(history: History, nodes: Sequence[NodeInfo], joined: Sequence[NodeInfo] = ()) -> History:

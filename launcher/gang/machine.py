@@ -46,7 +46,7 @@ from launcher.gang.events import (
     StoreOpened,
     Tick,
 )
-from launcher.gang.history import History, Rules, StopCause, drain_grace_s, note_who_is_held, seat
+from launcher.gang.history import History, Rules, StopCause, drain_grace_s, note_failure, note_who_is_held, seat
 from launcher.gang.sayings import describe, how_many_saved, how_stopped, illegal_move, stopping_others
 from launcher.gang.world import NodeInfo, World
 
@@ -126,9 +126,8 @@ class Running:
                 return replace(self, good=good), ()
             case RankExited() | NodeFailed() | NodeLost() | RankHung():
                 failure = with_who_left_early(event, self.good) if is_secondhand(event) else event
-                return _stop_failed(
-                    self.history, failure, now, self._num_running() - self.history.num_gone_with(event, self.good)
-                )
+                num_others = self._num_running() - self.history.num_gone_with(event, self.good)
+                return _stop_failed(self.history, failure, now, num_others)
             case NodeJoined():
                 return replace(self, grow_at_s=_when_to_grow(self.history, now)), ()
             case NodeDraining():
@@ -432,13 +431,11 @@ def _conclude_failure(stopping: Stopping, now: float) -> Move:
     blamed = blame(history, root)
     if blamed is not None:
         said.append(blamed)
-    quick = policy.is_quick(now - history.attempt_began_s, root)
-    num_quick = history.num_quick + 1 if quick else 0
-    history = replace(history, num_quick=num_quick, last_root=root)
+    history = note_failure(history, failures, root, now)
     # A spare is there for lost nodes; a gang that still has all its nodes, or cannot be whole again, pays as after any failure.
     is_free = isinstance(root, NodeLost) and len(history.usable(stopping.lost)) >= history.size
     decision = policy.after_failure(
-        history.rules.restarts, history.num_restarts, num_quick, root, stopping.interrupted_by, is_free
+        history.rules.restarts, history.num_restarts, history.num_stuck, root, stopping.interrupted_by, is_free
     )
     if isinstance(decision, policy.GiveUp):
         state, actions = _end(history, decision.exit_code, decision.reason)

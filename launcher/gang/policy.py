@@ -19,7 +19,7 @@ from launcher.gang.events import Failure, NodeLost, RankExited, RankHung
 from launcher.spec import RestartBudget
 
 _QUICK_S = 30.0
-"""An attempt that lived shorter than this may fail again at once, so the next but one waits."""
+"""An attempt that lived shorter than this, and of whose steps nothing is known, may fail again at once, so the next but one waits."""
 _FIRST_DELAY_S = 0.5
 _MAX_DELAY_S = 10.0
 _HUNG_GRACE_S = 5.0
@@ -73,9 +73,9 @@ def grace_after(failure: Failure, grace_s: float) -> float:
 
 
 def after_failure(
-    budget: RestartBudget, num_restarts: int, num_quick: int, root: Failure, interrupted_by: int | None, is_free: bool
+    budget: RestartBudget, num_restarts: int, num_stuck: int, root: Failure, interrupted_by: int | None, is_free: bool
 ) -> Decision:
-    """num_restarts: spent so far. num_quick: attempts in a row, this one included, that lived less than `is_quick` allows. is_free: a node
+    """num_restarts: spent so far. num_stuck: attempts in a row, this one included, that made no progress. is_free: a node
     was lost and a spare takes its place, which is what spares are for."""
     if interrupted_by is not None:
         return GiveUp(exit_code_of(root), f"no restart: {signal.Signals(interrupted_by).name} was sent to the launcher")
@@ -87,13 +87,13 @@ def after_failure(
         return GiveUp(exit_code_of(root), "no restart: --max-restarts is 0")
     if num_restarts >= budget.max_restarts:
         return GiveUp(exit_code_of(root), f"no restart left: --max-restarts {budget.max_restarts} are spent")
-    if budget.crash_loop and num_quick >= budget.crash_loop:
+    if budget.crash_loop and num_stuck >= budget.crash_loop:
         return GiveUp(
             EXIT_CRASH_LOOP,
-            f"the last {num_quick} attempts failed early, so another would as well (--crash-loop {budget.crash_loop}; 0 goes on for ever)",
+            f"the last {num_stuck} attempts made no progress, so another would not either (--crash-loop {budget.crash_loop}; 0: go on)",
         )
-    delay_s = 0.0 if num_quick < 2 else min(_MAX_DELAY_S, _FIRST_DELAY_S * 2 ** min(num_quick - 2, 10))
-    wait = f" in {delay_s:g} s, because the last {num_quick} attempts failed early" if delay_s else ""
+    delay_s = 0.0 if num_stuck < 2 else min(_MAX_DELAY_S, _FIRST_DELAY_S * 2 ** min(num_stuck - 2, 10))
+    wait = f" in {delay_s:g} s, because the last {num_stuck} attempts made no progress" if delay_s else ""
     return Restart(delay_s, f"restart {num_restarts + 1} of {budget.max_restarts}{wait}")
 
 
@@ -105,9 +105,27 @@ def after_preemption(budget: RestartBudget, num_preemptions: int, is_saved: bool
     return Restart(0.0, f"preemption {num_preemptions + 1}, at no cost to --max-restarts")
 
 
-def is_quick(lived_s: float, root: Failure) -> bool:
-    """Whether an attempt failed so early that the next may fail as well. The loss of a node says nothing about that."""
-    return lived_s < _QUICK_S and not isinstance(root, NodeLost)
+def made_progress(
+    lived_s: float, root: Failure, steps: int | None, steps_before: int | None, *, has_stepped: bool
+) -> bool:
+    """Whether a failed attempt got somewhere, so that the next may as well. `steps`: optimizer steps that it made (None: none were seen);
+    `steps_before`: the attempt before. `has_stepped`: an attempt of this job was seen to make steps.
+
+    Where steps are seen they decide. An attempt without any has got nowhere, however long it loaded; a short one that ended after as many
+    steps as the one before has met the same obstacle. Else its lifetime decides. The loss of a node says nothing about that.
+
+    >>> from launcher.gang.events import NodeFailed
+    >>> gone = NodeFailed(0, "n", "", 0.0)
+    >>> made_progress(5.0, gone, 100, None, has_stepped=True), made_progress(5.0, gone, 100, 100, has_stepped=True)
+    (True, False)
+    >>> made_progress(300.0, gone, None, None, has_stepped=True), made_progress(300.0, gone, None, None, has_stepped=False)
+    (False, True)
+    """
+    if isinstance(root, NodeLost):
+        return True
+    if has_stepped:
+        return bool(steps) and (lived_s >= _QUICK_S or steps != steps_before)
+    return lived_s >= _QUICK_S
 
 
 def after_refusal(last_root: Failure | None, is_saved: bool) -> int:

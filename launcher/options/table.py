@@ -170,7 +170,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "crash-loop",
         FAILURE,
-        f"End when N attempts in a row failed early, whatever is left of the above; 0: never. [{DEFAULT_CRASH_LOOP}]",
+        f"End when N attempts in a row failed without progress, whatever is left of the above; 0: never. [{DEFAULT_CRASH_LOOP}]",
         "N",
         is_ours=True,
     ),

@@ -516,7 +516,7 @@ def test_a_gang_that_may_be_smaller_goes_on_at_once_and_grows_later_at_no_cost()
     assert stops == [StopAttempt(1, "1", 30.0, SIGTERM, can_save=True)]
     scene.feed(AttemptEnded(1, "1"))
     assert scene.nodes() == ("1", "2")
-    assert (scene.state.history.num_restarts, scene.state.history.num_quick) == (1, 0), "the loss, not the join"
+    assert (scene.state.history.num_restarts, scene.state.history.num_stuck) == (1, 0), "the loss, not the join"
 
 
 def test_a_failure_is_the_moment_to_take_in_who_has_joined() -> None:
@@ -611,6 +611,30 @@ def test_a_crash_loop_ends_with_its_own_code_whatever_is_left_of_the_budget() ->
             scene.now = scene.state.deadline_s
             scene.feed(Tick())
     assert scene.only(Finish).exit_code == EXIT_CRASH_LOOP  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("steps", "lived_s", "is_loop"),
+    [
+        ([5, 9, 7, 4], 1.0, False),  # short attempts that go on from a checkpoint
+        ([5, 5, 5, 5], 1.0, True),  # the same bad batch again and again
+        ([5, None, None, None], 600.0, True),  # it has trained once, and since then it only loads
+        ([None] * 4, 600.0, False),  # no optimizer that we can see
+        ([7, 7, 7, 7], 600.0, False),  # ten minutes are worth a checkpoint
+    ],
+)
+def test_a_crash_loop_is_judged_by_the_steps_made(steps: list[int | None], lived_s: float, is_loop: bool) -> None:
+    """Failing soon is not failing for nothing, and living long is not getting on."""
+    scene = Scene(max_restarts=100, crash_loop=3)
+    for attempt, made in enumerate(steps):
+        plan = scene.run(attempt)
+        scene.now += lived_s
+        scene.feed(rank_exited(plan, 0, ExitStatus(code=1), steps=made))
+        scene.end_attempt(attempt)
+        if isinstance(scene.state, BackingOff):
+            scene.now = scene.state.deadline_s
+            scene.feed(Tick())
+    assert isinstance(scene.state, Ended) == is_loop
 
 
 @pytest.mark.parametrize(
