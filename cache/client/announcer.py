@@ -16,6 +16,7 @@ from cache.client.client import Cache
 from cache.client.formats.index import Ints
 from cache.client.stream import Stream
 from cache.order.batches import Cursor
+from cache.order.mixing import Mixture
 from cache.order.permutation import Indices
 from cache.order.schedule import Schedule
 
@@ -44,7 +45,9 @@ class Visitable(Protocol):
 class Announcer:
     """The lookahead of one rank. Belongs to one thread; in a forked child it does nothing (see Stream)."""
 
-    def __init__(self, dataset: Visitable, schedule: Schedule, *, rank: int, world_size: int, name: str) -> None:
+    def __init__(
+        self, dataset: Visitable, schedule: Schedule | Mixture, *, rank: int, world_size: int, name: str
+    ) -> None:
         self._dataset = dataset
         self._schedule = schedule
         self._rank, self._world_size = rank, world_size

@@ -22,7 +22,9 @@ from torch.utils.data import Sampler
 
 from cache.client.announcer import Announcer
 from cache.client.datasets import ShardDataset
+from cache.client.mixed import MixedDataset, mixture_schedule
 from cache.order.batches import Cursor
+from cache.order.mixing import Mixture
 from cache.order.schedule import Schedule, parse_shuffle
 from cache.order.shuffle import Full, Sequential, Shuffle
 
@@ -37,7 +39,7 @@ what is about to be read."""
 class ElasticBatchSampler(Sampler[list[int]]):
     """Yields this rank's batches of the current epoch, as lists of sample numbers, from the current step on.
 
-    `data`: the data set, or its number of samples. With a data set that reads through a cache, the coming reads are
+    `data`: the data set, a mixture of several, or a number of samples. With a data set that reads through a cache, the coming reads are
     announced to it. `global_batch_size`: samples of a step over all ranks; must be a multiple of `world_size`. The
     same global batches come out for every world size that divides it. `rank`, `world_size`: by default those of
     torch.distributed if it is initialised, else 0 of 1. `shuffle`: True (`Full()`), False (`Sequential()`), a
@@ -47,7 +49,7 @@ class ElasticBatchSampler(Sampler[list[int]]):
 
     def __init__(
         self,
-        data: ShardDataset | int,
+        data: ShardDataset | MixedDataset | int,
         global_batch_size: int,
         *,
         seed: int = 0,
@@ -62,16 +64,22 @@ class ElasticBatchSampler(Sampler[list[int]]):
         self.world_size = world_size if world_size is not None else dist.get_world_size() if is_distributed else 1
         if not 0 <= self.rank < self.world_size:
             raise ValueError(f"rank {self.rank} of a world of {self.world_size}")
-        self.schedule = Schedule(
-            shard_sizes=(data,) if isinstance(data, int) else data.shard_sizes,
-            global_batch_size=global_batch_size,
-            seed=seed,
-            shuffle=_shuffle(shuffle),
-            drop_last=drop_last,
-        )
+        self.schedule: Schedule | Mixture
+        if isinstance(data, MixedDataset):
+            self.schedule = mixture_schedule(
+                data, global_batch_size, seed=seed, shuffle=_shuffle(shuffle), drop_last=drop_last
+            )
+        else:
+            self.schedule = Schedule(
+                shard_sizes=(data,) if isinstance(data, int) else data.shard_sizes,
+                global_batch_size=global_batch_size,
+                seed=seed,
+                shuffle=_shuffle(shuffle),
+                drop_last=drop_last,
+            )
         self.batch_size = self.schedule.plan.local_batch_size(self.world_size)
         self._announcer: Announcer | None = None
-        if announce and isinstance(data, ShardDataset):
+        if announce and isinstance(data, ShardDataset | MixedDataset):
             # The daemon keeps streams apart by connection and name: one process may have several samplers.
             self._announcer = Announcer(
                 data, self.schedule, rank=self.rank, world_size=self.world_size, name=f"rank{self.rank}-{id(self):x}"

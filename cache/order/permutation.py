@@ -64,13 +64,13 @@ class KeyedPermutation:
         left, right = np.divmod(x, b)
         for round_idx, key in enumerate(self._round_keys):
             if round_idx % 2 == 0:
-                left = (left + _mix(right, key)) % a
+                left = (left + mix(right, key)) % a
             else:
-                right = (right + _mix(left, key)) % b
+                right = (right + mix(left, key)) % b
         return np.asarray(left * b + right, dtype=np.uint64)
 
 
-def _mix(x: NDArray[np.uint64], key: np.uint64) -> NDArray[np.uint64]:
+def mix(x: NDArray[np.uint64], key: np.uint64) -> NDArray[np.uint64]:
     """63 well-mixed bits of x under a key: the finaliser of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014). The top
     bit is dropped so that adding a half of the network cannot wrap, which would no longer be invertible modulo a."""
     z = x ^ key
