@@ -9,6 +9,7 @@ import pytest
 
 from launcher.errors import EXIT_HUNG
 from launcher.gang.observations import RankStack
+from launcher.journal import Entry
 from launcher.node import stacks
 from tests.launcher.launched import Launched, launch, wait_until
 from tests.raycluster import RayUnderTest, ray_environment
@@ -178,6 +179,52 @@ def test_what_healthy_jobs_do_for_longer_than_the_learnt_limit_is_no_hang_and_a_
     names = [entry.fields["diagnosis"] for entry in launched.journal("Named")]
     assert names == [{"kind": "FROZEN", "culprits": [1], "is_certain": True}], err
     assert (tmp_path / "healthy.0").exists() and (tmp_path / "healthy.1").exists()
+
+
+SLOW = """
+import os, time, torch, torch.distributed as dist
+rank = int(os.environ["RANK"])
+dist.init_process_group("gloo")
+model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(4, 4))
+optimizer = torch.optim.SGD(model.parameters(), 0.1)
+while True:
+    if rank == 1 and not os.path.exists("faster"): time.sleep(0.05)
+    model(torch.randn(4, 4)).sum().backward()
+    optimizer.step()
+"""
+
+QUICKER_TO_JUDGE = """
+import sys
+from launcher.gang import stragglers
+stragglers.WINDOW_S = 1.5  # four of them are two minutes
+from launcher.cli import main
+sys.exit(main())
+"""
+
+
+@pytest.mark.e2e
+@pytest.mark.timeout(120)
+@pytest.mark.xdist_group("hangs")
+def test_a_rank_that_makes_the_other_wait_is_named_with_its_host_until_it_keeps_up(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(SLOW)
+    with Launched(tmp_path, "--nproc-per-node", "2", "train.py", program=["-c", QUICKER_TO_JUDGE]) as launched:
+        wait_until(lambda: straggling(launched), "the straggler to be named")
+        (tmp_path / "faster").touch()
+        wait_until(lambda: len(straggling(launched)) == 2, "it to keep up")
+        launched.look()
+        launched.process.terminate()
+        _, _, err = launched.finish()
+    assert [(entry.fields["rank"], entry.fields["has_ended"]) for entry in straggling(launched)] == [
+        (1, False),
+        (1, True),
+    ]
+    host = launched.journal("NodesReady")[0].fields["nodes"][0]["hostname"]
+    assert f"rank 1 on {host} makes the others wait" in err
+    assert f"rank 1 on {host} keeps up with the others again" in err
+
+
+def straggling(launched: Launched) -> list[Entry]:
+    return launched.journal("Straggling") if (launched.run_dir / "journal.jsonl").exists() else []
 
 
 ALONE = """
