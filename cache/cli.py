@@ -31,7 +31,7 @@ from cache.cli_options import (
 )
 from cache.daemon.config import DaemonConfig, Share, parse_address, parse_share
 from cache.daemon.peerconfig import peer_config
-from cache.data_commands import index
+from cache.data_commands import audit, index
 from cache.errors import CacheConfigError, CacheError, DaemonUnavailable
 from cache.people_commands import evict, ls, pin, resize, unpin, verify
 from cache.status_command import status
@@ -240,7 +240,7 @@ def _daemon_for(socket: Path | None, directory: Path | None, capacity: int | Non
                 process.wait()
 
 
-for command in (status, ls, verify, evict, pin, unpin, resize, index):
+for command in (status, ls, verify, evict, pin, unpin, resize, index, audit):
     cli.add_command(command)
 
 

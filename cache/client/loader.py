@@ -12,13 +12,16 @@ A batch counts from the moment at which it is handed out, so save after training
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 from torch.utils.data import DataLoader, Dataset
 
+from cache.client.records import BatchRecords, Numbered, NumberedCollate
 from cache.client.sampler import ElasticBatchSampler
+from cache.order.batches import Cursor
 
 
 class ElasticLoader:
@@ -26,11 +29,24 @@ class ElasticLoader:
 
     Leaving the loop early keeps the place: the next iteration goes on with the batch after the last one handed out.
     `options` are torch's DataLoader's (num_workers, collate_fn, pin_memory, multiprocessing_context,
-    persistent_workers, …).
+    persistent_workers, …). `records`: a directory, or BatchRecords, in which every batch that is handed out is written down for
+    `python -m cache audit`.
     """
 
-    def __init__(self, dataset: Dataset[Any], sampler: ElasticBatchSampler, **options: Any) -> None:
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        sampler: ElasticBatchSampler,
+        *,
+        records: BatchRecords | str | os.PathLike[str] | None = None,
+        **options: Any,
+    ) -> None:
         self.sampler = sampler
+        self.records = records if isinstance(records, BatchRecords | None) else BatchRecords(records)
+        if self.records is not None:
+            self.records.open(sampler.schedule, sampler.rank, sampler.world_size)
+            dataset = Numbered(dataset)
+            options["collate_fn"] = NumberedCollate(options.get("collate_fn"))
         self.loader: DataLoader[Any] = DataLoader(dataset, batch_sampler=sampler, **options)
         self.epoch = sampler.epoch
         """The epoch that is iterated, or will be next."""
@@ -64,6 +80,11 @@ class ElasticLoader:
             self.wait_s += time.perf_counter() - started_s
             if batch is _END:
                 break
+            if self.records is not None:
+                numbers, batch = cast(tuple[list[int], Any], batch)
+                place, after = Cursor(self.epoch, self.step), Cursor(self.epoch, self.step + 1)
+                plan = self.sampler.schedule.plan
+                self.records.handed_out(place, plan.normalised(after), numbers)
             self.step += 1
             self.num_batches += 1
             self.sampler.consumed(self.epoch, self.step)
@@ -85,6 +106,8 @@ class ElasticLoader:
     def close(self) -> None:
         """Takes back what was announced to the cache. Call it when no more batches will be asked for."""
         self.sampler.close()
+        if self.records is not None:
+            self.records.close()
 
 
 _END = object()
