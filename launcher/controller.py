@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from launcher import messages, rundir
 from launcher.checkup import Checkup
@@ -57,8 +58,11 @@ from launcher.gang.world import World
 from launcher.journal import FileJournal, JobBegan, JobEnded
 from launcher.monitor import Monitor, Say, TakeStacks
 from launcher.noting import ProgressNotes
-from launcher.report.display import Display, is_coloured
-from launcher.spec import JobSpec
+from launcher.report.display import Display, Onlooker, Onlookers, is_coloured
+from launcher.spec import JobSpec, host_and_port
+
+if TYPE_CHECKING:
+    from launcher.report.exporter import Exporter
 
 
 class SystemClock:
@@ -89,17 +93,36 @@ def run(
     if on_run_dir is not None:
         on_run_dir(os.path.abspath(run_dir))
     console = Console(spec.line_prefix, is_coloured=is_coloured(os.environ))
-    display = Display(spec.logs.progress, console, os.environ)
-    journal = FileJournal(os.path.join(run_dir, "journal.jsonl"), clock, console.say, display.entry)
-    controller = Controller(spec, cluster, run_dir, journal, console, clock, exclusions, display)
+    exporter = _exporter(spec, run_dir, cluster, console)
+    display = Display(spec.logs.show_progress, console, os.environ)
+    onlookers = Onlookers(display, *([exporter] if exporter else []))
+    journal = FileJournal(os.path.join(run_dir, "journal.jsonl"), clock, console.say, onlookers.entry)
+    controller = Controller(spec, cluster, run_dir, journal, console, clock, exclusions, onlookers)
     forget_signals = _handle_signals(spec.signals_to_handle, controller.events.put)
     try:
         return controller.run()
     finally:
         cluster.close()
         journal.close()
+        if exporter is not None:
+            exporter.close()
         console.close()
         forget_signals()
+
+
+def _exporter(spec: JobSpec, run_dir: str, cluster: Cluster, console: Console) -> Exporter | None:
+    """Raises SpecError for a port that is taken or a file that cannot be written, with nothing left of what was begun."""
+    if not spec.metrics and not spec.metrics_file:
+        return None
+    from launcher.report.exporter import Exporter
+
+    try:
+        address = host_and_port("--metrics", spec.metrics) if spec.metrics else None
+        return Exporter(run_dir, address, spec.metrics_file or None, console.say)
+    except LauncherError:
+        cluster.close()
+        console.close()
+        raise
 
 
 def _handle_signals(names: tuple[str, ...], put: Callable[[Event], None]) -> Callable[[], None]:
@@ -150,7 +173,7 @@ class Controller:
         console: Console,
         clock: Clock,
         exclusions: ExclusionFile | None = None,
-        display: Display | None = None,
+        display: Onlooker | None = None,
     ) -> None:
         self.events: queue.SimpleQueue[Event | OutputEnded] = queue.SimpleQueue()
         """SimpleQueue, because signal handlers put into it."""

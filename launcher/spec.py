@@ -180,7 +180,7 @@ class LogOptions:
     duplicate_stdout_filters: tuple[str, ...] = ()
     """Lines of standard output that contain one of these are also written to `filtered_stdout.log` of the attempt."""
     duplicate_stderr_filters: tuple[str, ...] = ()
-    progress: ProgressDisplay = ProgressDisplay.AUTO
+    show_progress: ProgressDisplay = ProgressDisplay.AUTO
 
     def shown(self, rank: int, local_rank: int) -> Stream:
         """Which streams of this rank the terminal shows.
@@ -268,6 +268,10 @@ class JobSpec:
     """A node that has not answered for so long is lost; its agent ends its ranks before (cluster/ray/lease.py)."""
     exclude: tuple[str, ...] = ()
     """Hosts on which no agent is started; `("none",)`: none, not even those that are remembered."""
+    metrics: str = ""
+    """HOST:PORT at which the launcher serves its metrics. Empty: it does not."""
+    metrics_file: str = ""
+    """Where it writes them, for node_exporter's textfile collector. Empty: nowhere."""
     exclude_file: str = ""
     """Where bad nodes are remembered across jobs; `none`: nowhere. Empty: below the user's state directory."""
 
@@ -310,6 +314,8 @@ class JobSpec:
                 f"--master-port {self.master_port} is not a port",
                 advice="give 1 to 65535, or leave it out for a free one",
             )
+        if self.metrics:
+            host_and_port("--metrics", self.metrics)
         if self.bind not in BINDINGS:
             raise SpecError(f"--bind {self.bind}: expected {', '.join(BINDINGS)}")
         if self.hang_timeout_s is not None and not self.hang_timeout_s >= 1:
@@ -319,3 +325,15 @@ class JobSpec:
             )
         if self.shutdown_timeout_s < 0:
             raise SpecError(f"--shutdown-timeout {self.shutdown_timeout_s:g} is negative", advice="0 kills at once")
+
+
+def host_and_port(flag: str, text: str) -> tuple[str, int]:
+    """Raises SpecError.
+
+    >>> host_and_port("--metrics", "0.0.0.0:9400"), host_and_port("--metrics", "[::]:0")
+    (('0.0.0.0', 9400), ('::', 0))
+    """
+    host, _, port = text.rpartition(":")
+    if not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
+        raise SpecError(f"{flag} {text}: not an address", advice="write HOST:PORT, like 127.0.0.1:9400")
+    return host.removeprefix("[").removesuffix("]"), int(port)

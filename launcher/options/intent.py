@@ -99,6 +99,8 @@ def understand(line: CommandLine, environ: Mapping[str, str], cwd: str, fresh_id
         heartbeat_timeout_s=read(line, "heartbeat-timeout", values.parse_amount, DEFAULT_HEARTBEAT_TIMEOUT_S),
         exclude=read(line, "exclude", values.parse_texts, ()),
         exclude_file=line.text("exclude-file") or "",
+        metrics=line.text("metrics") or "",
+        metrics_file=line.text("metrics-file") or "",
         signals_to_handle=read(line, "signals-to-handle", values.parse_signals, JobSpec.signals_to_handle),
     )
     if address is not None:
@@ -225,7 +227,7 @@ def _read_logs(line: CommandLine, environ: Mapping[str, str]) -> LogOptions:
         or environ.get("TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE"),
         duplicate_stdout_filters=read(line, "duplicate-stdout-filters", values.parse_texts, ()),
         duplicate_stderr_filters=read(line, "duplicate-stderr-filters", values.parse_texts, ()),
-        progress=read(line, "show-progress", values.parse_progress, LogOptions.progress),
+        show_progress=read(line, "show-progress", values.parse_progress, LogOptions.show_progress),
     )
 
 

@@ -220,6 +220,14 @@ OPTIONS: tuple[Option, ...] = (
         is_ours=True,
     ),
     Option(
+        "metrics",
+        OUTPUT,
+        "Serve metrics of the job for Prometheus at http://HOST:PORT/metrics; port 0: a free one.",
+        "HOST:PORT",
+        is_ours=True,
+    ),
+    Option("metrics-file", OUTPUT, "Write them here every 10 s, for node_exporter.", "FILE.prom", is_ours=True),
+    Option(
         "redirects",
         OUTPUT,
         "Streams that go to the file only: 1 stdout, 2 stderr, 3 both; or by local rank, 0:1,1:2.",

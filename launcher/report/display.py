@@ -20,6 +20,29 @@ class Screen(Protocol):
     def show_line(self, parts: Sequence[str]) -> None: ...
 
 
+class Onlooker(Protocol):
+    """Whoever is told how a job goes, in the controller's thread."""
+
+    def entry(self, entry: Entry) -> None: ...
+
+    def progress(self, progress: GangProgress, now: float) -> None: ...
+
+
+class Onlookers:
+    """Several as one."""
+
+    def __init__(self, *each: Onlooker) -> None:
+        self._each = each
+
+    def entry(self, entry: Entry) -> None:
+        for one in self._each:
+            one.entry(entry)
+
+    def progress(self, progress: GangProgress, now: float) -> None:
+        for one in self._each:
+            one.progress(progress, now)
+
+
 class Display:
     """Called from the controller's thread only."""
 

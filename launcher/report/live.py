@@ -53,7 +53,7 @@ class LiveView:
         at_s = now - (self._began_s if self._began_s is not None else now)
         is_first = self._stepping_since_s is None and bool(progress.steps)
         self._latest = progress
-        self._points.append(_point(progress, at_s))
+        self._points.append(point_of(progress, at_s))
         while self._points and at_s - self._points[0].at_s > WINDOW_S:
             self._points.popleft()
         if is_first:
@@ -109,7 +109,8 @@ def _ranks(ranks: Sequence[int]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {shown}"
 
 
-def _point(progress: GangProgress, at_s: float) -> Point:
+def point_of(progress: GangProgress, at_s: float) -> Point:
+    """As the journal would give it back. at_s: since the job began."""
     return Point(
         at_s,
         progress.steps,

@@ -117,7 +117,7 @@ class RunRecord:
         self.num_entries = 0
         self.attempts: list[Attempt] = []
         self.node_events: list[NodeEvent] = []
-        self.num_preempted = 0
+        self.num_node_events = {"lost": 0, "joined": 0, "draining": 0}
         self.waiting_for = ""
         """Why there are no nodes yet."""
         self.ending: Ending | None = None
@@ -292,12 +292,15 @@ class RunRecord:
         del self.node_events[:-_MAX_NOTES]
 
     def _node_lost(self, fields: Mapping[str, Any], at_s: float) -> None:
+        self.num_node_events["lost"] += 1
         self._node_event("lost", fields, at_s)
 
     def _node_joined(self, fields: Mapping[str, Any], at_s: float) -> None:
+        self.num_node_events["joined"] += 1
         self._node_event("joined", fields, at_s)
 
     def _node_draining(self, fields: Mapping[str, Any], at_s: float) -> None:
+        self.num_node_events["draining"] += 1
         self._node_event("told to leave", fields, at_s)
 
     def _blamed(self, fields: Mapping[str, Any], at_s: float) -> None:
