@@ -35,6 +35,7 @@ from launcher.gang.events import (
     FabricFound,
     FabricSurveyed,
     Finish,
+    LetGo,
     NodeLost,
     Notice,
     OpenStore,
@@ -322,6 +323,8 @@ class Controller:
                     self._checkup.started(plan.world)
                     self._notes.begin(plan.attempt, plan.world, self._clock.monotonic_s())
                     self._monitor.begin(plan.attempt, plan.world)
+                case LetGo(node_id=node_id):
+                    self._cluster.let_go(node_id)
                 case StopAttempt(attempt, node_id, grace_s, signum, can_save):
                     self._notes.stop()
                     self._monitor.stop()

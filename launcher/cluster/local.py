@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -63,6 +64,11 @@ class LocalCluster:
 
     def node(self, node_id: str) -> NodeHandle:
         return self._agents[node_id]
+
+    def let_go(self, node_id: str) -> None:
+        # `acquire` makes the machine another agent; it closes this one first, if it has come so far.
+        agent = self._agents[node_id]
+        threading.Thread(target=agent.close, name="let-go", daemon=True).start()
 
     def open_peers(self, nodes: Sequence[NodeInfo]) -> list[ProcessPeer]:
         """Who measures from each of these nodes (launcher.fabric)."""

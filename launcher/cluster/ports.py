@@ -77,6 +77,11 @@ class Cluster(Protocol):
         """The handle of a node named in the last NodesReady. Also for lost nodes: their commands then do nothing."""
         ...
 
+    def let_go(self, node_id: str) -> None:
+        """Ends, without grace and without waiting for it, whatever runs on this node, which is not ours any more: nothing of it enters the
+        sink from now on. Returns at once."""
+        ...
+
     def close(self) -> None:
         """Ends whatever is still alive on the nodes, without grace, and gives everything back. Blocks, at most some seconds; idempotent;
         also after a failed `open`, and while `acquire` is under way (it is abandoned). After it returns nothing enters the sink."""

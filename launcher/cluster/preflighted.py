@@ -103,6 +103,9 @@ class Preflighted:
     def node(self, node_id: str) -> NodeHandle:
         return self._inner.node(node_id)
 
+    def let_go(self, node_id: str) -> None:
+        self._inner.let_go(node_id)
+
     def close(self) -> None:
         with self._changed:
             self._is_closed = True

@@ -385,6 +385,13 @@ class StartRanks:
 
 
 @dataclass(frozen=True)
+class LetGo:
+    """Of this node, at once: it is taken for lost though its agent may live, and what runs there must not go on."""
+
+    node_id: str
+
+
+@dataclass(frozen=True)
 class StopAttempt:
     """On this node, send `signum` to the attempt's ranks, after `grace_s` SIGKILL to all that is left of it; again with a shorter grace:
     hurry. Without grace, SIGKILL is all that they get.
@@ -451,6 +458,7 @@ Action = (
     | OpenStore
     | StartRanks
     | StopAttempt
+    | LetGo
     | Announce
     | ReportFailure
     | ReportCollateral

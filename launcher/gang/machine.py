@@ -28,6 +28,7 @@ from launcher.gang.events import (
     Fact,
     Failure,
     Finish,
+    LetGo,
     NodeDraining,
     NodeFailed,
     NodeJoined,
@@ -231,7 +232,8 @@ class Stopping:
         # No time of their own: they are a consequence, never the root.
         lost = tuple(NodeLost(node_id, reason, float("inf")) for node_id in silent)
         after = replace(self, lost=self.lost | frozenset(silent), failures=(*self.failures, *lost))
-        return _conclude_if_over(after, now)
+        state, actions = _conclude_if_over(after, now)
+        return state, (*(LetGo(node_id) for node_id in silent), *actions)
 
     def waiting_for(self) -> tuple[str, ...]:
         over = self.ended | self.lost

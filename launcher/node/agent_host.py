@@ -33,6 +33,9 @@ from launcher.spec import JobSpec
 _WATCH_S = 0.1
 _EXIT_LEASE_ENDED = 3
 
+PULSE = "pulse"
+"""Answer to each lease: this process is not frozen. (It does not pass through the agent's loop.)"""
+
 Command = tuple[str, tuple[Any, ...]]
 """Name of a method of AgentHost, and its arguments."""
 
@@ -57,6 +60,8 @@ class AgentHost:
                     return
                 if name == "lease":
                     self._lease(*args)
+                    with self._lock:
+                        _send(self._control, PULSE)
                 elif name == "begin":
                     self._begin(*args)
                 elif self._agent is not None:

@@ -168,6 +168,8 @@ class Guardian:
         if self.fds is not None:
             job["stdout_fd"], job["stderr_fd"], *job["keep_fds"] = self.fds
         self._start(job)
+        # What has come together with the job is carried out now: no news would come of it any more.
+        self._carry_out(b"")
         while not self._reap():
             ready = {fd for fd, _ in poller.poll(self._poll_timeout_ms())}
             if self.wake_fd in ready:
@@ -212,11 +214,14 @@ class Guardian:
             data = os.read(self.control_fd, 1 << 16)
         except OSError:
             return False
+        self._carry_out(data)
+        return bool(data)
+
+    def _carry_out(self, data: bytes) -> None:
         *lines, self.received = (self.received + data).split(b"\n")
         for line in lines:
             message = json.loads(line)
             self._stop(float(message["stop"]), int(message["signum"]))
-        return bool(data)
 
     def _stop(self, grace_s: float, signum: int) -> None:
         """The signal goes to the process alone, and once: it may want to end its children itself (data loaders, a checkpoint writer)."""

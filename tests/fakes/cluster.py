@@ -53,6 +53,10 @@ class FakeNode:
     def alive_ranks(self) -> set[int]:
         return set(self._alive)
 
+    def alive_ranks_end(self) -> None:
+        """Without a word: nobody listens to this node any more."""
+        self._alive.clear()
+
     def open_store(self, attempt: int) -> None:
         self.commands.append(f"open_store {attempt}")
         if not self._answers():
@@ -175,6 +179,10 @@ class FakeCluster:
 
     def node(self, node_id: str) -> FakeNode:
         return self.nodes[node_id]
+
+    def let_go(self, node_id: str) -> None:
+        self.nodes[node_id].is_lost = True
+        self.nodes[node_id].alive_ranks_end()
 
     def lose(self, node_id: str) -> None:
         """The node goes down with all that runs on it."""

@@ -24,6 +24,7 @@ from launcher.gang.events import (
     ExitStatus,
     Fact,
     Finish,
+    LetGo,
     NodeDraining,
     NodeFailed,
     NodeJoined,
@@ -679,6 +680,7 @@ def test_a_node_that_does_not_end_its_attempt_in_time_is_given_up() -> None:
     assert deadline_s == scene.now + 30.0 + machine.STOP_MARGIN_S
     scene.now = deadline_s
     scene.feed(Tick())
+    assert scene.only(LetGo) == LetGo("1"), "its ranks may be alive, and the next attempt's are elsewhere"
     assert scene.only(Finish).exit_code == 1  # type: ignore[attr-defined]
     assert "1" in [failure.node_id for failure in scene.only(ReportCollateral).collateral]  # type: ignore[attr-defined]
 

@@ -121,7 +121,7 @@ def test_a_job_lives_through_an_actor_a_raylet_and_a_link_that_are_lost_alone(no
 def test_a_short_chaos_loses_no_sample_and_leaves_nothing(nodes: RayNodes, tmp_path: Path, seed: int) -> None:
     """`python -m benchmarks.chaos` is the long one: there, whole nodes and links as well."""
     (tmp_path / "tmp").mkdir()
-    kinds = chaos.choose("kill_rank,kill_guardian,kill_fork_server,kill_store,kill_agent,drain")
+    kinds = chaos.choose("kill_rank,kill_guardian,kill_fork_server,kill_store,freeze_agent,drain")
     chaos.run(chaos.Chaos(nodes, MARKS, tmp_path, random.Random(seed), kinds), 6)
 
 

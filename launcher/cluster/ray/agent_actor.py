@@ -32,6 +32,7 @@ from launcher.cluster.ray.outbox import Outbox
 from launcher.errors import NodeError
 from launcher.gang.events import AttemptPlan, Event, LogChunk, Notice, Output
 from launcher.gang.world import NodeInfo
+from launcher.node.agent_host import PULSE
 from launcher.spec import JobSpec
 
 EVENT_GROUP = "events"
@@ -74,6 +75,9 @@ class AgentActor:
         self._num_answers = 0
         self._has_begun = threading.Event()
         self._why_ended = ""
+        self._asked_s: float | None = None
+        """Monotonic; since when the agent's process has owed an answer."""
+        self._has_pulse = False
 
     def hello(self, cwd: str, use_own_cwd: bool) -> Hello:
         """Who is here. `use_own_cwd`: Ray has put the job's files where this process runs (`runtime_env` with a working directory)."""
@@ -167,7 +171,11 @@ class AgentActor:
     def _read_events(self, control: Connection) -> None:
         with contextlib.suppress(EOFError, OSError):
             while True:
-                self._events.put(control.recv())
+                message = control.recv()
+                if message == PULSE:
+                    self._asked_s, self._has_pulse = None, True
+                else:
+                    self._events.put(message)
         self._is_gone = True
         self._events.close()
 
@@ -180,6 +188,7 @@ class AgentActor:
     def _tell_lease(self) -> None:
         """The agent's process keeps it itself, so that it holds also while this one is frozen."""
         assert self._lease is not None
+        self._asked_s = self._asked_s or time.monotonic()
         self._send("lease", self._lease.ends_s)
 
     def _why_gone(self) -> str:
@@ -205,11 +214,21 @@ class AgentActor:
         if self._host is not None:
             self._host.kill()
 
+    def _is_frozen(self) -> bool:
+        """Whether the agent's process does not answer, though we do: nobody would hear of the end of its ranks."""
+        assert self._lease is not None
+        asked_s = self._asked_s
+        # Before its first answer it is being started, which takes long on a busy machine; then the lease is all.
+        return self._has_pulse and asked_s is not None and time.monotonic() - asked_s > self._lease.terms.lease_s
+
     def _watch_lease(self) -> None:
         assert self._lease is not None
         assert self._host is not None
-        while time.monotonic() < self._lease.ends_s:
+        while time.monotonic() < self._lease.ends_s and not self._is_frozen():
             time.sleep(WATCH_S)
+        if self._is_frozen():
+            patience_s = self._lease.terms.lease_s
+            self._why_ended = f"the agent's process on {socket.gethostname()} has not answered for {patience_s:g} s"
         # It has ended itself at the same moment, unless it is frozen; its guardians see either.
         self._host.kill()
         self._host.wait()

@@ -111,6 +111,13 @@ class RayCluster:
         with self._changed:
             return self._nodes.get(node_id) or self._gone[node_id]
 
+    def let_go(self, node_id: str) -> None:
+        with self._changed:
+            node = self._nodes.get(node_id)
+        if node is not None:
+            self._let_go(node)
+            self._lost(node_id)
+
     def open_peers(self, nodes: Sequence[NodeInfo]) -> list[RayPeer]:
         """Who measures from each of these nodes (launcher.fabric)."""
         from launcher.cluster.ray.probes import open_peers

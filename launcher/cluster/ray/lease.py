@@ -46,7 +46,7 @@ class Lease:
     """The agent's side."""
 
     def __init__(self, terms: Terms, now: float) -> None:
-        self._terms = terms
+        self.terms = terms
         self._ends_s = now + START_S
         self._answers: deque[tuple[int, float]] = deque(maxlen=_NUM_KEPT)
 
@@ -59,11 +59,11 @@ class Lease:
         """Answer `number`, counted from 1, is handed over. The first that we see starts the lease: a launcher that does not hear it
         starts no ranks here."""
         if not self._answers:
-            self._ends_s = now + self._terms.lease_s
+            self._ends_s = now + self.terms.lease_s
         self._answers.append((number, now))
 
     def heard(self, last_heard: int) -> None:
         """A poll says which answer the launcher has heard last. (Its number, not how many: an answer may be lost.)"""
         for number, at_s in self._answers:
             if number == last_heard:
-                self._ends_s = max(self._ends_s, at_s + self._terms.lease_s)
+                self._ends_s = max(self._ends_s, at_s + self.terms.lease_s)
