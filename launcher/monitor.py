@@ -112,6 +112,8 @@ class Monitor:
                 return (finding, Say(hangwords.straggling(finding, world)))
 
     def _give_up_if_due(self, world: World, now: float) -> Sequence[Effect]:
+        if not self.health.is_given_up:
+            self._due = None  # it went on while its stacks were being written
         if self._due is None or (now < self._due[1] and not self._final >= set(world.node_ids())):
             return ()
         hung, self._due = self._due[0], None

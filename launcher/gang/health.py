@@ -174,6 +174,11 @@ class Health:
         return named.culprits if named is not None else ()
 
     @property
+    def is_given_up(self) -> bool:
+        """It was given up, and nothing has moved since."""
+        return self._episode is not None and self._episode.is_given_up
+
+    @property
     def p99_step_s(self) -> float:
         """Of the steps seen so far; 0 before the first."""
         return self._p99_s

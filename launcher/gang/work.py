@@ -19,7 +19,7 @@ _COLLECTIVE = re.compile(
 
 _COMPILES = re.compile(
     r"\((?:.*/)?(?:torch/_dynamo/(?:convert_frame|symbolic_convert)\.py|torch/_inductor/(?:scheduler|graph|async_compile|lowering)\.py"
-    r"|torch/utils/cpp_extension\.py|triton/(?:compiler|backends)/|numba/core/|jax/_src/(?:compiler|interpreters/mlir)\.py)"
+    r"|torch/utils/cpp_extension\.py|triton/(?:compiler/|backends/|runtime/autotuner)|numba/core/|jax/_src/(?:compiler|interpreters/mlir)\.py)"
 )
 """Not `eval_frame.py` and its like, which are on the stack of all code that was compiled."""
 
@@ -32,8 +32,9 @@ _TALKS = re.compile(
     r"|huggingface_hub/|fsspec/|s3fs/|wandb/|mlflow/|subprocess\.py)"
 )
 _WORDS = frozenset(
-    {"eval", "evaluate", "evaluates", "evaluation", "val", "validate", "validates", "validation", "predict", "generate"}
-    | {"inference", "export", "checkpoint", "checkpoints", "ckpt", "save", "saves", "saving", "upload", "download"}
+    {"eval", "evaluate", "evaluates", "evaluation", "val", "validate", "validates", "validation", "test", "estimate"}
+    | {"metric", "metrics", "score", "predict", "generate", "inference", "benchmark", "export"}
+    | {"checkpoint", "checkpoints", "ckpt", "save", "saves", "saving", "upload", "download"}
     | {"compile", "compiles", "compiling"}
 )
 """In names of functions, as words: `run_validation`, `save_checkpoint`. Not `load`: batches are loaded."""
@@ -87,9 +88,24 @@ def known_work(main: Sequence[str], others: Iterable[Sequence[str]] = ()) -> str
         return "saves"
     if any(_TALKS.search(frame) for frame in main):
         return "talks"
-    if any(_is_telling(frame.partition(" (")[0]) for frame in main):
+    if any(_is_telling(frame.partition(" (")[0]) for frame in main) or _is_without_gradients(main):
         return "evaluates"
     return ""
+
+
+def _is_without_gradients(frames: Sequence[str]) -> bool:
+    """Within a function of the script's that is decorated with `torch.no_grad()` or `inference_mode()`.
+
+    >>> _is_without_gradients(("losses (train.py:9)", "decorate_context (torch/utils/_contextlib.py:120)"))
+    True
+    >>> _is_without_gradients(("step (torch/optim/lbfgs.py:9)", "decorate_context (torch/utils/_contextlib.py:120)"))
+    False
+    """
+    return any(
+        frame.startswith("decorate_context (") and "(torch/" not in frames[idx - 1]
+        for idx, frame in enumerate(frames)
+        if idx
+    )
 
 
 def _is_telling(function: str) -> bool:
