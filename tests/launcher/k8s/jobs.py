@@ -115,6 +115,7 @@ SAMPLES: Mapping[str, Sequence[Any]] = {
     "logs.tee": [StreamChoice(Stream.STDOUT)],
     "logs.line_prefix_template": ["-[${rank}] "],
     "logs.show_ranks": [frozenset({0})],
+    "metrics": ["0.0.0.0:9400"],
 }
 """Values of fields whose type does not tell what they may be. A new `str` whose flag lists its words (`auto|none`) needs no entry."""
 
