@@ -168,7 +168,8 @@ class Hands:
         error: DiskError | None = None
         started = time.monotonic()
         try:
-            await asyncio.wait_for(self._on_disk(probe_disk, self.directory), DISK_TIMEOUT_S)
+            async with asyncio.timeout(DISK_TIMEOUT_S):
+                await self._on_disk(probe_disk, self.directory)
         except DiskError as failed:
             error = failed
         except TimeoutError:
@@ -185,7 +186,9 @@ class Hands:
             used_bytes, num_files = budget.used_bytes, budget.num_files
             look = self._on_disk(disk_space, self.directory.path)
             try:
-                space = await asyncio.wait_for(asyncio.shield(look), DISK_TIMEOUT_S)
+                # Not wait_for: until Python 3.12 it loses a cancellation that comes with the answer, and the daemon would never end.
+                async with asyncio.timeout(DISK_TIMEOUT_S):
+                    space = await asyncio.shield(look)
                 self.space = space
                 self._tell(m.DiskSeen(used_bytes, num_files, space.free_bytes, space.free_files))
             except DiskError as error:

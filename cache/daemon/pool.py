@@ -194,7 +194,9 @@ async def _watch(worker: WorkerProcess) -> None:
     while True:
         await asyncio.sleep(PING_EVERY_S)
         try:
-            await asyncio.wait_for(worker.request({"op": "ping"}), PING_TIMEOUT_S)
+            # Not wait_for: until Python 3.12 it loses a cancellation that comes with the answer.
+            async with asyncio.timeout(PING_TIMEOUT_S):
+                await worker.request({"op": "ping"})
         except TimeoutError:
             log.error("fetch worker %d has not answered for %g s: ending it", worker.process.pid, PING_TIMEOUT_S)
             worker.process.kill()
