@@ -11,16 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from launcher.k8s.options import (
-    CACHE_PATH,
-    CACHE_PORT,
-    DEFAULT_UID,
-    SOCKET_FOLDER,
-    CacheMode,
-    CacheVolume,
-    KubeJob,
-    Preload,
-)
+from launcher.k8s.choices import CacheMode, CacheVolume, Preload
+from launcher.k8s.options import CACHE_PATH, CACHE_PORT, DEFAULT_UID, SOCKET_FOLDER, KubeJob
 from launcher.k8s.peers import peer_arguments, peer_mounts, peer_ports, peer_volumes
 from launcher.k8s.quantity import GIB, format_bytes
 

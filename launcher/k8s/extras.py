@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from launcher.k8s import peers
-from launcher.k8s.options import CACHE_PORT, PEER_PORT, CacheMode, KubeJob
+from launcher.k8s.choices import CacheMode
+from launcher.k8s.options import CACHE_PORT, PEER_PORT, KubeJob
 from launcher.k8s.pods import JOB_LABEL, ROLE_LABEL, service_account
 
 DASHBOARD_PORT = 8265

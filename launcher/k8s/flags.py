@@ -7,16 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from launcher.k8s import values
+from launcher.k8s.choices import CacheMode, CacheVolume, Preload, Scheduler, ScheduleWith, Submission
 from launcher.k8s.fabric import FABRICS
-from launcher.k8s.options import (
-    DEFAULT_RAY_VERSION,
-    CacheMode,
-    CacheVolume,
-    Preload,
-    Scheduler,
-    ScheduleWith,
-    Submission,
-)
+from launcher.k8s.options import DEFAULT_RAY_VERSION
 
 JOB, POD, NODES, ENV, CACHE, FABRIC, QUEUE, LIFE, AROUND = (
     "The job",

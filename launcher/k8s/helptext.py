@@ -30,7 +30,7 @@ usage: python -m launcher {command} [flags] TARGET [arguments of TARGET …]
        python -m launcher {command} --file job.yaml [flags]
 
 {_COMMANDS[command]} All flags of the launcher itself are taken as well
-(python -m launcher --help): --nnodes, --nproc-per-node, --max-restarts, …
+(python -m launcher --help): --nnodes, --nproc-per-node, --spare-nodes, …
 
   python -m launcher {command} --image registry/train:1.4 --nnodes 16 --nproc-per-node 8 --gpus 8 train.py --lr 0.1
 """

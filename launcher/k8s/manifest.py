@@ -15,9 +15,10 @@ import yaml
 
 from launcher.errors import SpecError
 from launcher.k8s import extras, pods, schedule
+from launcher.k8s.choices import ScheduleWith, Submission
 from launcher.k8s.entrypoint import entrypoint
 from launcher.k8s.fabric import wire
-from launcher.k8s.options import CODE_PATH, MAX_CONFIG_BYTES, KubeJob, ScheduleWith, Submission
+from launcher.k8s.options import CODE_PATH, MAX_CONFIG_BYTES, KubeJob
 from launcher.k8s.peers import check_peers, how_to_make_key
 from launcher.k8s.queues import Queueing, queueing
 from launcher.k8s.releases import requirements, version

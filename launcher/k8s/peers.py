@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from launcher.errors import SpecError
-from launcher.k8s.options import PEER_PORT, CacheMode, CacheSettings, KubeJob
+from launcher.k8s.choices import CacheMode
+from launcher.k8s.options import PEER_PORT, CacheSettings, KubeJob
 
 KEY = "key"
 """Of the Secret: at least 16 random bytes, in hexadecimal digits or as they are."""

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from launcher.errors import SpecError
-from launcher.k8s.options import CacheMode, KubeJob, Scheduler, ScheduleWith, Submission
+from launcher.k8s.choices import CacheMode, Scheduler, ScheduleWith, Submission
+from launcher.k8s.options import KubeJob
 
 TOPOLOGY_WORDS = ("required", "preferred")
 

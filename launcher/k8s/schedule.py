@@ -13,7 +13,8 @@ from typing import Any
 
 from launcher.errors import SpecError
 from launcher.k8s import extras
-from launcher.k8s.options import KubeJob, ScheduleWith
+from launcher.k8s.choices import ScheduleWith
+from launcher.k8s.options import KubeJob
 
 MANIFEST_FOLDER = "/railhead/manifest"
 MANIFEST_KEY = "job.json"

@@ -13,22 +13,11 @@ from typing import Any
 from hypothesis import strategies as st
 
 from launcher.errors import SpecError
+from launcher.k8s.choices import CacheMode, CacheVolume, Preload, Scheduler, ScheduleWith, Submission
 from launcher.k8s.entrypoint import NOT_SAID, flag_of
 from launcher.k8s.fabric import FABRICS
 from launcher.k8s.manifest import Rendered, render
-from launcher.k8s.options import (
-    CACHE_PATH,
-    CacheMode,
-    CacheSettings,
-    CacheVolume,
-    KubeJob,
-    KubeOptions,
-    Preload,
-    Scheduler,
-    ScheduleWith,
-    SecretVariable,
-    Submission,
-)
+from launcher.k8s.options import CACHE_PATH, CacheSettings, KubeJob, KubeOptions, SecretVariable
 from launcher.options.table import BY_NAME
 from launcher.spec import (
     CacheOptions,

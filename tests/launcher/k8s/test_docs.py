@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from launcher.k8s.commands import _LOOKUP_FLAGS, _SUBMIT_FLAGS
+from launcher.k8s.commands import SUBMIT_FLAGS
 from launcher.k8s.fabric import FABRICS
 from launcher.k8s.flags import BY_NAME as KUBE_FLAGS
 from launcher.k8s.jobfile import _ELSEWHERE
+from launcher.k8s.lookups import LOOKUP_FLAGS
 from launcher.k8s.manifest import render
-from launcher.k8s.request import cut, to_job, with_job_file
+from launcher.k8s.request import cut, with_job_file
+from launcher.k8s.resolve import to_job
 from launcher.options.table import BY_NAME as LAUNCHER_FLAGS
 
 ROOT = Path(__file__).parents[3]
@@ -52,7 +54,7 @@ def test_every_fabric_and_every_sample_is_in_the_docs() -> None:
 
 def test_the_flags_that_the_docs_and_samples_name_exist() -> None:
     """A flag that was renamed is found by whoever copies the line, else."""
-    known = {*KUBE_FLAGS, *LAUNCHER_FLAGS, *_SUBMIT_FLAGS, *_LOOKUP_FLAGS, "help"}
+    known = {*KUBE_FLAGS, *LAUNCHER_FLAGS, *SUBMIT_FLAGS, *LOOKUP_FLAGS, "help"}
     for path in DOCS.glob("kubernetes*.md"):
         for line in path.read_text().splitlines():
             if "python -m launcher" in line:

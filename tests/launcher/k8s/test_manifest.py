@@ -13,18 +13,10 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 
 from launcher.errors import SpecError
+from launcher.k8s.choices import CacheMode, CacheVolume, Preload, Scheduler, ScheduleWith, Submission
 from launcher.k8s.entrypoint import entrypoint, flag_of, launcher_arguments
 from launcher.k8s.manifest import render, to_yaml
-from launcher.k8s.options import (
-    CacheMode,
-    CacheSettings,
-    CacheVolume,
-    KubeJob,
-    Preload,
-    Scheduler,
-    ScheduleWith,
-    Submission,
-)
+from launcher.k8s.options import CacheSettings, KubeJob
 from launcher.options.intent import understand
 from launcher.options.parse import parse
 from launcher.spec import JobSpec, Program, ProgramKind

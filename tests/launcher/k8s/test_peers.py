@@ -12,9 +12,11 @@ import yaml
 
 from launcher.cli import main
 from launcher.errors import SpecError
+from launcher.k8s.choices import CacheMode
 from launcher.k8s.manifest import render, to_yaml
-from launcher.k8s.options import CacheMode, CacheSettings, KubeJob
-from launcher.k8s.request import cut, to_job, with_job_file
+from launcher.k8s.options import CacheSettings, KubeJob
+from launcher.k8s.request import cut, with_job_file
+from launcher.k8s.resolve import to_job
 from tests.fakes.apiserver import FakeApiServer
 from tests.launcher.k8s.jobs import group, head, job, ray_job, with_sidecar, worker
 from tests.launcher.k8s.schemas import faults

@@ -27,7 +27,8 @@ import pytest
 from cache.client import Cache
 from launcher.k8s.leave import _has_agent
 from launcher.k8s.manifest import Rendered, render
-from launcher.k8s.request import cut, to_job, with_job_file
+from launcher.k8s.request import cut, with_job_file
+from launcher.k8s.resolve import to_job
 from tests.counting_origin import CountingOrigin, random_bytes
 from tests.launcher.k8s.jobs import ray_job
 from tests.launcher.k8s.podrun import (

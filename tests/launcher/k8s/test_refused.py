@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from launcher.cli import main
 from launcher.errors import SpecError
 from launcher.k8s.admission import trial_pods
-from launcher.k8s.commands import _manifest
 from launcher.k8s.request import cut
+from launcher.k8s.sources import read_manifest
 from tests.fakes.apiserver import FakeApiServer
 from tests.launcher.k8s.jobs import good, group, worker
 from tests.launcher.k8s.schemas import faults
@@ -109,7 +109,7 @@ def test_no_manifest_however_broken_ends_in_a_traceback(data: st.DataObject) -> 
         json.dump(one, file)
         file.flush()
         with contextlib.suppress(SpecError):
-            _manifest(cut(["--manifest", file.name, "--namespace", "default"], {"manifest": False}))
+            read_manifest(cut(["--manifest", file.name, "--namespace", "default"], {"manifest": False}))
 
 
 ADMISSION = {

@@ -8,9 +8,11 @@ import pytest
 
 from launcher.cli import main
 from launcher.errors import SpecError
+from launcher.k8s.choices import CacheMode
 from launcher.k8s.manifest import render, to_yaml
-from launcher.k8s.options import CacheMode, KubeJob
-from launcher.k8s.request import cut, to_job, with_job_file
+from launcher.k8s.options import KubeJob
+from launcher.k8s.request import cut, with_job_file
+from launcher.k8s.resolve import to_job
 from launcher.options.intent import understand
 from launcher.options.parse import parse
 
