@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from launcher.messages import duration
-from launcher.report.goodput import KINDS, Goodput
+from launcher.report.goodput import KINDS, Goodput, Piece
 from launcher.report.pace import pace, whole_pace
 from launcher.report.plot import Band, lines, timeline
 from launcher.report.record import Attempt, RunRecord
@@ -61,10 +61,7 @@ def _head(run: RunRecord, state: State, good: Goodput) -> Iterator[str]:
 
 def _goodput(run: RunRecord, good: Goodput) -> Iterator[str]:
     yield f"<h2>Goodput {percent(good.shares['steps'])}</h2>"
-    bands = [
-        Band(piece.begin_s, piece.end_s, piece.kind, _words(piece.kind, piece.end_s - piece.begin_s))
-        for piece in good.pieces
-    ]
+    bands = [Band(begin_s, end_s, kind, _words(kind, end_s - begin_s)) for begin_s, end_s, kind in _merged(good.pieces)]
     marks = [(attempt.failure.at_s, str(attempt.failure)) for attempt in run.attempts if attempt.failure]
     yield timeline(bands, marks, good.total_s)
     yield "<table>"
@@ -79,6 +76,17 @@ def _goodput(run: RunRecord, good: Goodput) -> Iterator[str]:
         yield f"<p class=note>Of restart: {redone}. The timeline shows them where they were made first, as steps.</p>"
     if run.attempts and not run.has_steps:
         yield f"<p class=note>{UNSEEN}</p>"
+
+
+def _merged(pieces: Sequence[Piece]) -> list[tuple[float, float, str]]:
+    """Neighbours of one kind as one: a month has tens of thousands."""
+    found: list[tuple[float, float, str]] = []
+    for piece in pieces:
+        if found and found[-1][2] == piece.kind:
+            found[-1] = (found[-1][0], piece.end_s, piece.kind)
+        else:
+            found.append((piece.begin_s, piece.end_s, piece.kind))
+    return found
 
 
 def _words(kind: str, seconds: float) -> str:

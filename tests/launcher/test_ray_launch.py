@@ -306,6 +306,32 @@ if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
 """
 
 
+STEPS = """
+import os, time, torch
+torch.set_num_threads(1)
+model = torch.nn.Linear(4, 1)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+for step in range(200):
+    model(torch.randn(8, 4)).sum().backward()
+    optimizer.step()
+    time.sleep(0.01)
+    if step == 150 and os.environ["RAILHEAD_ATTEMPT"] == "0" and os.environ["RANK"] == "1":
+        raise ValueError("broken")
+"""
+
+
+def test_a_run_on_ray_is_accounted_for_like_one_on_this_machine(ray_cluster: RayUnderTest, tmp_path: Path) -> None:
+    """Steps are counted on other nodes and noted by the launcher."""
+    code, _, err = run(ray_cluster, tmp_path, "--nnodes=2", "--max-restarts=1", script(tmp_path, STEPS))
+    assert code == 0, err
+    report = [sys.executable, "-m", "launcher", "report", "--json"]
+    data = json.loads(subprocess.run(report, cwd=tmp_path, capture_output=True, check=True).stdout)
+    assert (data["state"], data["num_restarts"], data["attempts"][1]["steps"]) == ("done", 1, 200)
+    assert data["attempts"][0]["failure"]["exception"] == "ValueError"
+    assert abs(sum(data["goodput"]["shares"].values()) - 1) < 0.01
+    assert data["goodput"]["seconds"]["steps"] > 0 and data["goodput"]["seconds"]["restart"] > 0
+
+
 def test_a_lost_node_is_replaced_by_one_that_is_free(ray_cluster: RayUnderTest, tmp_path: Path) -> None:
     """Without --spare-nodes: a free node of the cluster is looked for, the agent there is a new one, the job the same."""
     raylets = {ray_cluster.add_node("spare"), ray_cluster.add_node("spare")}
