@@ -5,7 +5,8 @@
 
 Each trial is one loader with 0 or 2 DataLoader workers, in its own process, from nothing cached: a cold epoch, then a warm one.
 The S3 server is SeaweedFS behind benchmarks/shaping_proxy.py: 30 ms to the first byte, 60 MB/s per connection, 200 MB/s in all.
-Trials are interleaved and repeated; medians and ranges are reported, also where Railhead loses.
+Three demands: *half*, the origin gives twice what is needed; *tight*, 95 % of what it gives is needed; *none*, there is no step, so that
+the loader alone is measured. Trials are interleaved and repeated; medians and ranges are reported, also where Railhead loses.
 """
 
 from __future__ import annotations
@@ -40,15 +41,19 @@ _ROOT = Path(__file__).resolve().parent.parent
 _TRIAL_TIMEOUT_S = 300
 
 
+DEMANDS: dict[str, float | None] = {"half": 0.5, "tight": 0.95, "none": None}
+"""Share of the shaped origin that the emulated steps need; None: no step."""
+
+
 @dataclass(frozen=True)
 class Plan:
-    """One benchmark. Demand is batch_size × sample_bytes / compute_s: below the shaped total, so that full utilisation is possible."""
+    """One benchmark."""
 
-    num_samples: int = 1024
+    num_samples: int = 2720
     sample_bytes: int = 192 * 1024
-    samples_per_shard: int = 128
+    samples_per_shard: int = 160
     batch_size: int = 16
-    compute_s: float = 0.025
+    demands: tuple[str, ...] = tuple(DEMANDS)
     first_byte_s: float = 0.03
     rate_per_connection: float = 60e6
     rate_total: float = 200e6
@@ -56,6 +61,11 @@ class Plan:
     workers: tuple[int, ...] = (0, 2)
     loaders: tuple[str, ...] = peers.NAMES
     seed: int = 1
+
+    def compute_s(self, demand: str) -> float:
+        """How long a step takes; 0 for none."""
+        share = DEMANDS[demand]
+        return 0.0 if share is None else self.batch_size * self.sample_bytes / (share * self.rate_total)
 
 
 def prepare(plan: Plan, directory: Path, server: SeaweedServer) -> tuple[Path, dict[str, str]]:
@@ -104,8 +114,11 @@ def daemon(scratch: Path, environment: dict[str, str]) -> Iterator[tuple[int, di
             process.stdout.close()
 
 
-def trial(plan: Plan, name: str, num_workers: int, description: Path, proxy: ProxyProcess, seed: int) -> dict[str, Any]:
+def trial(
+    plan: Plan, name: str, num_workers: int, demand: str, description: Path, proxy: ProxyProcess, seed: int
+) -> dict[str, Any]:
     """One trial's JSON, or {"error": …} with the end of what it printed."""
+    about = {"loader": name, "num_workers": num_workers, "demand": demand}
     proxy.reset_counters()
     environment = os.environ | aws_environment(proxy.endpoint) | {"PYTHONWARNINGS": "ignore"}
     environment.pop("RAILHEAD_CACHE_SOCKET", None)
@@ -117,7 +130,7 @@ def trial(plan: Plan, name: str, num_workers: int, description: Path, proxy: Pro
         command = [sys.executable, "-m", "benchmarks.epoch_trial", "--loader", name, "--num-workers", str(num_workers)]
         command += ["--dataset", str(description), "--scratch", directory, "--seed", str(seed)]
         command += ["--control", f"http://127.0.0.1:{proxy.control_port}"]
-        command += ["--batch-size", str(plan.batch_size), "--compute-s", str(plan.compute_s)]
+        command += ["--batch-size", str(plan.batch_size), "--compute-s", str(plan.compute_s(demand))]
         if name.startswith("railhead"):
             pid, extra = stack.enter_context(daemon(scratch, environment))
             environment |= extra
@@ -133,12 +146,11 @@ def trial(plan: Plan, name: str, num_workers: int, description: Path, proxy: Pro
                 check=False,
             )
         except subprocess.TimeoutExpired:
-            return {"loader": name, "num_workers": num_workers, "error": f"no end after {_TRIAL_TIMEOUT_S} s"}
+            return {**about, "error": f"no end after {_TRIAL_TIMEOUT_S} s"}
     if done.returncode != 0:
         lines = (done.stderr or done.stdout).strip().splitlines()
-        return {"loader": name, "num_workers": num_workers, "error": lines[-1] if lines else f"exit {done.returncode}"}
-    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return result
+        return {**about, "error": lines[-1] if lines else f"exit {done.returncode}"}
+    return {**about, **json.loads(done.stdout.strip().splitlines()[-1])}
 
 
 def run(plan: Plan) -> tuple[list[dict[str, Any]], dict[str, str]]:
@@ -149,7 +161,13 @@ def run(plan: Plan) -> tuple[list[dict[str, Any]], dict[str, str]]:
             description, left_out = prepare(plan, directory, server)
             for name, reason in left_out.items():
                 say(f"left out: {name}: {reason}")
-            trials = [(name, w) for name in plan.loaders if name not in left_out for w in plan.workers]
+            trials = [
+                (name, num_workers, demand)
+                for demand in plan.demands
+                for name in plan.loaders
+                if name not in left_out
+                for num_workers in plan.workers
+            ]
             results = []
             with ProxyProcess(
                 server.endpoint,
@@ -159,12 +177,14 @@ def run(plan: Plan) -> tuple[list[dict[str, Any]], dict[str, str]]:
             ) as proxy:
                 for repeat in range(plan.repeats):
                     order = random.Random(plan.seed + repeat).sample(trials, len(trials))
-                    for name, num_workers in order:
+                    for name, num_workers, demand in order:
                         # How busy others keep the machine while we do nothing: the page says how quiet it was.
                         others = psutil.cpu_percent(interval=1.0) / 100
-                        result = trial(plan, name, num_workers, description, proxy, plan.seed + repeat)
+                        result = trial(plan, name, num_workers, demand, description, proxy, plan.seed + repeat)
                         result["others_busy"] = others
-                        say(f"{repeat + 1}/{plan.repeats} {name:20s} {num_workers} workers: {_in_short(result)}")
+                        say(
+                            f"{repeat + 1}/{plan.repeats} {demand:5s} {name:20s} {num_workers} workers: {_in_short(result)}"
+                        )
                         results.append(result)
             return results, left_out
     finally:
@@ -175,9 +195,12 @@ def _in_short(result: dict[str, Any]) -> str:
     if "error" in result:
         return f"FAILED: {result['error']}"
     parts = [
-        f"{which} {result[which]['utilisation']:.0%} busy, {result[which]['origin_bytes'] / 1e6:.0f} MB, {result[which]['verdict']}"
-        for which in ("cold", "warm")
+        f"{which} {result[which]['utilisation']:.1%} busy, {result[which]['samples_per_s']:.0f}/s, "
+        f"{result[which]['origin_bytes'] / 1e6:.0f} MB, {result[which]['verdict']}"
+        for which in ("cold", "warm", "bare")
+        if which in result
     ]
+    parts.append(f"first batch {result['cold']['first_batch_s']:.2f} s")
     return "; ".join(parts)
 
 
@@ -192,6 +215,7 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--repeats", type=int, default=None)
     parser.add_argument("--loaders", default=",".join(peers.NAMES), help="comma-separated")
+    parser.add_argument("--demands", default=",".join(DEMANDS), help="comma-separated: half, tight, none")
     parser.add_argument("--workers", default="0,2", help="comma-separated numbers of DataLoader workers")
     parser.add_argument("--result", type=Path, help="write the report here, and the raw numbers beside it as .json")
     options = parser.parse_args(argv)
@@ -200,6 +224,7 @@ def main(argv: list[str]) -> int:
         samples_per_shard=32 if options.quick else Plan.samples_per_shard,
         repeats=options.repeats or (1 if options.quick else Plan.repeats),
         loaders=tuple(options.loaders.split(",")),
+        demands=tuple(options.demands.split(",")),
         workers=tuple(int(n) for n in options.workers.split(",")),
     )
     try:

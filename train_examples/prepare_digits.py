@@ -56,7 +56,7 @@ def main() -> None:
             yield f"train/digits-{shard_idx:05}.tar", tar_of(samples[shard_idx :: args.num_shards])
         yield "test/digits-00000.tar", tar_of([(f"{image:04}", pixels[image], digits.target[image]) for image in test])
 
-    if publish(args.url, manifest, shards()):
+    if publish(args.url, manifest, shards(), indexed=("train", "test")):
         print(f"wrote {args.copies * len(train):,} training and {len(test):,} test images to {args.url}")
     else:
         print(f"already there: {args.url}")

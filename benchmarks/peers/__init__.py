@@ -16,6 +16,7 @@ from benchmarks.epoch_data import Dataset
 NAMES = (
     "memory",
     "local_files",
+    "local_mmap",
     "railhead",
     "railhead_unindexed",
     "railhead_windowed",

@@ -7,6 +7,7 @@ An index is looked for where it costs least: kept on this node by whoever built 
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -135,7 +136,11 @@ def _indices(
             )
             found |= dict(zip(missing, built, strict=True))
     indices = {shard: found[shard] for shard in shards}
-    known.keep(indices)
+    if missing:
+        known.keep(indices)
+    else:
+        # Nothing is lost if this process ends before: the first batch need not wait for a disk.
+        known.keep_meanwhile(indices)
     return indices, len(missing)
 
 
@@ -182,6 +187,17 @@ class _Known:
         if self._identity is not None and (self._kept is None or list(self._kept) != list(indices)):
             pack = encode_pack(self._roots[0], self._identity, indices)
             self._cache.keep_index(pack_key(self._roots, self._identity), pack)
+
+    def keep_meanwhile(self, indices: dict[Shard, ShardIndex]) -> None:
+        """Like `keep`, without being waited for."""
+
+        def work() -> None:
+            try:
+                self.keep(indices)
+            except CacheError as error:
+                log.info("the index is not kept on this node: %s", error.message)
+
+        threading.Thread(target=work, name="railhead-keep-index", daemon=True).start()
 
     def _kept_here(self) -> dict[Shard, ShardIndex]:
         assert self._identity is not None

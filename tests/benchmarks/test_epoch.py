@@ -43,7 +43,7 @@ def test_a_dataset_survives_its_description(dataset: Dataset, tmp_path: Path) ->
     assert load(tmp_path / "dataset.json") == dataset
 
 
-@pytest.mark.parametrize("name", ["memory", "local_files", "railhead"])
+@pytest.mark.parametrize("name", ["memory", "local_files", "local_mmap", "railhead"])
 def test_a_loader_hands_out_every_sample_once_in_each_epoch(
     dataset: Dataset, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -57,16 +57,25 @@ def test_a_loader_hands_out_every_sample_once_in_each_epoch(
     assert not torch.equal(epochs[0][0], epochs[1][0])
 
 
-def test_the_page_shows_medians_spreads_failures_and_what_was_left_out() -> None:
-    def result(utilisation: float, verdict: str = "ok") -> dict[str, Any]:
+def test_the_page_shows_goals_medians_spreads_failures_and_what_was_left_out() -> None:
+    def result(loader: str, demand: str, utilisation: float, verdict: str = "ok") -> dict[str, Any]:
         epoch = {"first_batch_s": 1.0, "samples_per_s": 100.0, "cpu_s": 1.0, "daemon_cpu_s": 0.5, "origin_bytes": 2e6}
-        epoch |= {"utilisation": utilisation, "verdict": verdict}
-        return {"loader": "railhead", "num_workers": 0, "cold": epoch, "warm": epoch}
+        epoch |= {"utilisation": utilisation, "verdict": verdict, "elapsed_s": 4.0}
+        return {"loader": loader, "num_workers": 0, "demand": demand, "cold": epoch, "warm": epoch, "bare": epoch}
 
-    plan = Plan(loaders=("railhead", "s3fs", "litdata"), workers=(0,))
-    failed = {"loader": "s3fs", "num_workers": 0, "error": "it hung"}
-    page = render(plan, [result(0.4), result(0.8), result(0.6, "1 wrong"), failed], {"litdata": "not here"}, "run it")
-    assert "60% [40%–80%]" in page
+    plan = Plan(loaders=("memory", "railhead", "s3fs", "litdata"), workers=(0,), demands=("half", "none"))
+    ours = [
+        result("railhead", "half", 0.4),
+        result("railhead", "half", 0.8),
+        result("railhead", "half", 0.6, "1 wrong"),
+    ]
+    none = result("railhead", "none", 0.0)
+    failed = {"loader": "s3fs", "num_workers": 0, "demand": "half", "error": "it hung"}
+    page = render(plan, [*ours, none, result("memory", "half", 0.8), failed], {"litdata": "not here"}, "run it")
+    assert "| cold, half: busy ÷ in-memory loader | ≥ 0.99 | 0.75 |" in page
+    assert f"| cold, no step: share of the link | ≥ 0.95 | {2720 * 192 * 1024 / 4 / 200e6:.2f} |" in page
+    assert "| cold, tight: busy ÷ local files | ≥ 0.97 | – |" in page
+    assert "60.0% [40.0%–80.0%]" in page
     assert "cold: 1 wrong; warm: 1 wrong" in page
     assert "failed: it hung" in page
     assert "litdata: left out, not here" in page

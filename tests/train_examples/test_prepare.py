@@ -9,6 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cache.client import Cache
+from cache.client.formats.tar import TarFormat
+from cache.client.indexing import build_index
 from train_examples.prepare_digits import shifted, tar_of
 from train_examples.prepare_text import source_files, text_of
 from train_examples.publish import publish
@@ -38,6 +41,16 @@ def test_manifest_comes_last(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["0.tar"]
     assert publish(f"file://{tmp_path}", {}, [("0.tar", b"one")])
     assert json.loads((tmp_path / "manifest.json").read_text()) == {}
+
+
+def test_the_index_of_tar_shards_is_published_with_them(tmp_path: Path) -> None:
+    """The first batch of a cold node waits for its own samples then, not for all headers."""
+    shard = tar_of([("a", np.arange(64, dtype=np.uint8).reshape(8, 8), 3)])
+    assert publish(f"file://{tmp_path}", {}, [("train/0.tar", shard)], indexed=("train",))
+    cache = Cache("")
+    report = build_index(cache, f"file://{tmp_path}/train", TarFormat())
+    assert (len(report.index), report.num_built) == (1, 0)
+    cache.close()
 
 
 def test_equal_samples_give_equal_archives() -> None:
