@@ -27,7 +27,9 @@ MAX_GOING_ON = 8
 MAX_REMEMBERED = 4096
 
 SLOW_PEER_S = 5.0
-"""A peer that works but takes longer is passed by, within the budget of hedges: when all are slow, the origin would be no faster."""
+SLOWER_THAN_ORIGIN = 2.0
+"""A peer that works but takes longer than both (seconds; times what the origin itself takes for so much) is passed by, within the budget of
+hedges. A peer that only waits for a slow or crowded origin is not: to ask that once more would help nobody."""
 
 PartKey = tuple[str, int]
 """A file and the first byte of a block of it that came in part."""
@@ -104,14 +106,18 @@ class Fetcher:
         self._remember(request, done, crc)
         return FetchResult(error=error, num_whole_blocks=done // BLOCK_BYTES)
 
-    async def borrow(self, request: dict[str, Any], peer: dict[str, Any], state: OriginState) -> FetchResult:
-        """Has a run brought from another node; an error that says how that went wrong is a PeerError."""
+    async def borrow(
+        self, request: dict[str, Any], peer: dict[str, Any], state: OriginState, origin: OriginState
+    ) -> FetchResult:
+        """Has a run brought from another node; an error that says how that went wrong is a PeerError. `origin`: the object's, for
+        comparison."""
+        num_bytes = request["end"] - request["start"]
         asked = {**request, "op": "fetch", "fetch_id": next(self._ids), "stall_s": SILENCE_S, "peer": peer}
         worker, began_s = self._pool.pick(), time.monotonic()
         answering = asyncio.create_task(worker.request(asked))
         is_slow = False
         try:
-            await asyncio.wait([answering], timeout=SLOW_PEER_S)
+            await asyncio.wait([answering], timeout=_patience_s(origin, num_bytes))
             if not answering.done() and state.hedging.take(time.monotonic()):
                 is_slow = True
                 with contextlib.suppress(CacheError):
@@ -123,11 +129,11 @@ class Fetcher:
             answering.cancel()
         if "failed" not in answer:
             seconds = time.monotonic() - began_s
-            state.hedging.landed(request["end"] - request["start"], seconds, answer["first_byte_s"])
+            state.hedging.landed(num_bytes, seconds, answer["first_byte_s"])
             return FetchResult(seconds, answer["write_s"])
         failed = from_wire(answer["failed"])
         if is_slow and not isinstance(failed, CapacityError):
-            failed = PeerError(f"peer {peer['node']} took more than {SLOW_PEER_S:g} s", reason="slow")
+            failed = PeerError(f"peer {peer['node']} took {time.monotonic() - began_s:.1f} s", reason="slow")
         return FetchResult(error=failed)
 
     async def _ask(
@@ -152,3 +158,9 @@ class Fetcher:
             self._came[request["path"], request["start"] + whole] = (done - whole, crc)
             if len(self._came) > MAX_REMEMBERED:
                 self._came.popitem(last=False)
+
+
+def _patience_s(origin: OriginState, num_bytes: int) -> float:
+    """How long a peer may take for this much."""
+    usual_s = origin.hedging.hedge_after_s(num_bytes)
+    return SLOW_PEER_S if usual_s is None else max(SLOW_PEER_S, SLOWER_THAN_ORIGIN * usual_s)

@@ -22,6 +22,7 @@ from cache.residency import messages as m
 from cache.residency.budget import Budget
 from cache.residency.health import SLOW_S
 from cache.residency.origins import Origins, OriginState
+from cache.residency.peerhealth import OUT_OF_USE
 from cache.residency.retry import RetryPolicy
 from cache.store.directory import CacheDirectory
 from cache.store.files import DiskSpace, create_extent, disk_space, probe_disk, remove_extent, slow_disk_error
@@ -128,9 +129,11 @@ class Hands:
         else:
             peer = {"node": action.source, "host": address[0], "port": address[1], "size_bytes": oid.size_bytes}
             peer |= {"content_id": oid.content_id, "first": action.first, "end": action.end}
-            result = await self.fetcher.borrow(request, peer, state)
+            result = await self.fetcher.borrow(request, peer, state, self._origins.of(oid.url))
         if isinstance(result.error, PeerError):
-            self.peers.failed(action.source, result.error)
+            if not self.peers.failed(action.source, result.error) and result.error.reason in OUT_OF_USE:
+                # It is still the owner, so these blocks come from the origin.
+                result = FetchResult(error=PeerError(result.error.message, reason="busy"))
         elif isinstance(result.error, OriginUnavailable):
             # Our own worker died.
             result = FetchResult(error=PeerError(result.error.message, reason="failed"))

@@ -112,11 +112,12 @@ class Peers:
     def address_of(self, node_id: str) -> Address | None:
         return next((address for address, name in self._names.items() if name == node_id), None)
 
-    def failed(self, node_id: str, error: PeerError) -> None:
-        """A fetch from a peer failed; who is out of use now owns nothing from now on."""
+    def failed(self, node_id: str, error: PeerError) -> bool:
+        """A fetch from a peer failed. True: it is out of use now, and what it owned has another owner."""
         self.bypassed[error.reason] += 1
-        self._health.failed(node_id, error.reason, time.monotonic())
+        is_out = self._health.failed(node_id, error.reason, time.monotonic())
         self._settle()
+        return is_out
 
     def account(self) -> dict[str, Any]:
         placement = self._origins.placement
@@ -162,7 +163,7 @@ class Peers:
             for old in [a for a, n in self._names.items() if n == name and a != address]:
                 del self._names[old]
             self._names[address] = name
-            self._health.greeted(name, float(about["capacity_bytes"]))
+            self._health.greeted(name, float(about["capacity_bytes"]), time.monotonic())
 
     async def _hello(self, address: Address) -> dict[str, Any]:
         ask, nonce = Ask("", "", 0, 0), secrets.token_hex(16)

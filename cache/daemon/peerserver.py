@@ -205,7 +205,7 @@ class PeerServer:
     def _wait(self, sock: socket.socket, frame: dict[str, Any]) -> dict[str, Any]:
         """The control process's answer. Meanwhile the other side hears that we live, as long as the control process does."""
         asked = asyncio.run_coroutine_threadsafe(self._ask_control(frame), self._loop)
-        began_s = time.monotonic()
+        began_s, pinged = time.monotonic(), None
         try:
             while True:
                 try:
@@ -213,24 +213,20 @@ class PeerServer:
                 except TimeoutError:
                     if time.monotonic() - began_s > MAX_WAIT_S:
                         raise Refusal(503, "it took too long") from None
-                    if self._is_control_alive():
-                        sock.sendall(b"HTTP/1.1 102 Processing\r\n\r\n")
+                # A worker goes on when the process that decides is frozen; to others that is a frozen node. One that is only slow to
+                # answer (all processors are taken) is none, so the question stays open until it does.
+                if pinged is not None and pinged.done():
+                    sock.sendall(b"HTTP/1.1 102 Processing\r\n\r\n")
+                if pinged is None or pinged.done():
+                    pinged = asyncio.run_coroutine_threadsafe(self._ask_control({"op": "ping"}), self._loop)
         except CancelledError:
             raise Refusal(503, "this daemon is about to end") from None
         except CacheError as error:
             raise Refusal(421 if getattr(error, "reason", "") == "not-owner" else 409, error.message) from error
         finally:
             asked.cancel()
-
-    def _is_control_alive(self) -> bool:
-        """A worker goes on when the process that decides is frozen; to others that is a frozen node."""
-        pinged = asyncio.run_coroutine_threadsafe(self._ask_control({"op": "ping"}), self._loop)
-        try:
-            pinged.result(timeout=ALIVE_EVERY_S)
-        except (TimeoutError, CacheError):
-            pinged.cancel()
-            return False
-        return True
+            if pinged is not None:
+                pinged.cancel()
 
 
 def _nonce(request: Request) -> dict[str, Any]:
