@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from launcher.report.failures import FailureFacts
@@ -16,7 +17,7 @@ SCHEMA = "railhead.report/1"
 
 def report_data(run: RunRecord, state: State, good: Goodput) -> dict[str, Any]:
     """What `status --json` and `report --json` print: JSON has a value for all of it."""
-    speed = pace(run.attempt) if run.attempt is not None else None
+    speed = (whole_pace if state.is_over else pace)(run.attempt) if run.attempt is not None else None
     return {
         "schema": SCHEMA,
         "run_dir": run.run_dir,
@@ -70,6 +71,7 @@ def _attempt(attempt: Attempt) -> dict[str, Any]:
         "samples_per_s": _rounded(speed.samples_per_s) if speed else None,
         "failure": failure_data(attempt.failure) if attempt.failure else None,
         "why_stopped": attempt.why_stopped or None,
+        "stragglers": [asdict(straggler) for straggler in attempt.stragglers.values()],
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from launcher.report.record import Attempt, Point
 
@@ -31,8 +31,9 @@ def pace(attempt: Attempt) -> Pace | None:
 
 
 def whole_pace(attempt: Attempt) -> Pace | None:
-    """Over all of the attempt."""
-    return pace_of(attempt.points, float("inf"))
+    """Over all of the attempt; what is left is another question."""
+    found = pace_of(attempt.points, float("inf"))
+    return None if found is None else replace(found, left_s=None)
 
 
 def pace_of(seen: Iterable[Point], window_s: float) -> Pace | None:
@@ -42,6 +43,8 @@ def pace_of(seen: Iterable[Point], window_s: float) -> Pace | None:
         return None
     last = points[-1]
     first = next(point for point in points if last.at_s - point.at_s <= window_s)
+    if first is last and len(points) > 1:
+        first = points[-2]  # a long job is noted once a minute
     num, took_s = (last.steps or 0) - (first.steps or 0), last.step_at_s - first.step_at_s
     steps_per_s = samples_per_s = share = left_s = None
     if num > 0 and took_s > 0:

@@ -52,7 +52,7 @@ def _head(run: RunRecord, state: State, good: Goodput) -> Iterator[str]:
     yield f'<p><span class="{"bad" if is_bad else ""}">{_e(state.words)}</span><br>'
     yield f"began {clock(run.began_wall_s)}, {duration(good.total_s)} {'in all' if state.is_over else 'so far'}; {_e(run.cluster)}; "
     yield f"{counted(len(run.attempts), 'attempt')}</p>"
-    speed = pace(run.attempt) if run.attempt is not None else None
+    speed = (whole_pace if state.is_over else pace)(run.attempt) if run.attempt is not None else None
     if speed is not None:
         yield f"<p>{_e(pace_words(speed))}</p>"
     if run.argv:
@@ -137,7 +137,7 @@ def _attempts(run: RunRecord) -> Iterator[str]:
         told = pace_words(speed) if speed else f"{attempt.steps} steps" if attempt.steps else "no step seen"
         yield (
             f"<tr><td>{attempt.number}</td><td>{clock(run.began_wall_s + attempt.began_s)}</td><td>{attempt.num_ranks}</td>"
-            f"<td>{_e(told)}</td><td>{_e(how_ended(attempt))}</td></tr>"
+            f"<td>{_e(told)}</td><td>{_e(how_ended(attempt))}{_slow(attempt)}</td></tr>"
         )
     yield "</table>"
     failed = [attempt for attempt in run.attempts if attempt.failure is not None and attempt.failure.traceback]
@@ -145,6 +145,10 @@ def _attempts(run: RunRecord) -> Iterator[str]:
         assert attempt.failure is not None
         yield f"<h2>Attempt {attempt.number}: {_e(str(attempt.failure))}</h2>"
         yield f"<pre>{_e(attempt.failure.traceback)}</pre><p class=note>{_e(attempt.failure.log)}</p>"
+
+
+def _slow(attempt: Attempt) -> str:
+    return "".join(f"<br>slow: {_e(str(straggler))}" for straggler in attempt.stragglers.values())
 
 
 def _nodes(run: RunRecord) -> Iterator[str]:

@@ -7,9 +7,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from launcher.report.text import about, figure
+from launcher.report.text import about
 
 WIDTH, LEFT, RIGHT = 960, 64, 16
+_MIN_S, _HOUR_S, _DAY_S = 60.0, 3600.0, 86400.0
+_TIME_STEPS_S = (
+    *(1.0, 2.0, 5.0, 10.0, 15.0, 30.0, _MIN_S, 2 * _MIN_S, 5 * _MIN_S, 10 * _MIN_S, 15 * _MIN_S, 30 * _MIN_S),
+    *(_HOUR_S, 2 * _HOUR_S, 3 * _HOUR_S, 6 * _HOUR_S, 12 * _HOUR_S, _DAY_S),
+)
 _MAX_POINTS = 2000
 """A plot has a thousand columns; a month's journal has more points."""
 
@@ -52,7 +57,7 @@ def lines(series: Sequence[Line], end_s: float, label: str, *, is_share: bool = 
     for idx in range(5):
         y = base - (base - 10) * idx / 4
         value = top * idx / 4
-        words = f"{value:.0%}".replace("%", " %") if is_share else figure(value) if value else "0"
+        words = f"{value:.0%}".replace("%", " %") if is_share else f"{value:,.10g}"
         parts.append(f'<line class="grid" x1="{LEFT}" y1="{y:.1f}" x2="{WIDTH - RIGHT}" y2="{y:.1f}"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{words}</text>')
     for line in thinned:
@@ -66,7 +71,7 @@ def _svg(height: int, parts: Sequence[str], label: str) -> str:
 
 
 def _time_axis(end_s: float, y: float) -> list[str]:
-    step_s = _nice_above(end_s / 8)
+    step_s = next((each for each in _TIME_STEPS_S if each >= end_s / 8), _nice_above(end_s / 8 / _DAY_S) * _DAY_S)
     ticks = [idx * step_s for idx in range(int(end_s / step_s) + 1)] if end_s > 0 else [0.0]
     parts = [f'<line class="axis" x1="{LEFT}" y1="{y}" x2="{WIDTH - RIGHT}" y2="{y}"/>']
     for tick in ticks:

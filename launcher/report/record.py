@@ -46,6 +46,24 @@ class Point:
         return self.at_s - (self.step_age_s or 0.0)
 
 
+@dataclass(frozen=True)
+class Straggler:
+    """A rank that was slower than the others for long (`gang.stragglers`)."""
+
+    rank: int
+    host: str
+    own_s: float
+    """Time of its own in each step, in which it waits for nobody."""
+    others_s: float
+    """That of the rank in the middle."""
+    is_data: bool
+    """Most of the difference is time that it waits for its data loader."""
+
+    def __str__(self) -> str:
+        what = ", mostly waiting for data" if self.is_data else ""
+        return f"rank {self.rank} on {self.host}: {self.own_s:.3g} s of its own in each step{what}; the others {self.others_s:.3g} s"
+
+
 @dataclass
 class Attempt:
     """One try."""
@@ -54,6 +72,8 @@ class Attempt:
     began_s: float
     num_ranks: int = 0
     hosts: tuple[str, ...] = ()
+    ranks_of_hosts: tuple[int, ...] = ()
+    """How many ranks each of the hosts has; ranks are contiguous."""
     told_to_start: bool = False
     started_s: float | None = None
     """When the last node said that its ranks run."""
@@ -67,6 +87,8 @@ class Attempt:
     ended_s: float | None = None
     named_hangs: list[float] = field(default_factory=list)
     """When somebody was found to hold up the job."""
+    stragglers: dict[int, Straggler] = field(default_factory=dict)
+    """By rank; also those that are no more."""
     num_exited: int = 0
     exit_steps: int | None = None
     """The most steps that a rank has reported at its end."""
@@ -81,6 +103,15 @@ class Attempt:
     @property
     def last(self) -> Point | None:
         return self.points[-1] if self.points else None
+
+    def host_of(self, rank: int) -> str:
+        """Empty if it is not known."""
+        first = 0
+        for host, count in zip(self.hosts, self.ranks_of_hosts, strict=False):
+            if first <= rank < first + count:
+                return host
+            first += count
+        return ""
 
     @property
     def done_steps(self) -> int | None:
@@ -204,7 +235,9 @@ class RunRecord:
         if attempt is not None and isinstance(nodes, list):
             attempt.told_to_start = True
             attempt.hosts = self._learn_hosts(nodes)
-            attempt.num_ranks = sum(integer(node, "num_ranks") or 0 for node in nodes if isinstance(node, dict))
+            counts = (integer(node, "num_ranks") or 0 for node in nodes if isinstance(node, dict))
+            attempt.ranks_of_hosts = tuple(max(0, count) for count in counts)
+            attempt.num_ranks = sum(attempt.ranks_of_hosts)
 
     def _ranks_started(self, fields: Mapping[str, Any], at_s: float) -> None:
         attempt = self._of(fields, at_s)
@@ -237,6 +270,14 @@ class RunRecord:
         attempt = self._of(fields, at_s) if integer(fields, "attempt") is not None else self.attempt
         if attempt is not None:
             attempt.named_hangs.append(at_s)
+
+    def _straggling(self, fields: Mapping[str, Any], at_s: float) -> None:
+        attempt, rank = self.attempt, integer(fields, "rank")
+        if attempt is None or rank is None or fields.get("has_ended") is True:
+            return
+        own_s, others_s = number(fields, "own_s") or 0.0, number(fields, "others_s") or 0.0
+        is_data = fields.get("is_data") is True
+        attempt.stragglers[rank] = Straggler(rank, attempt.host_of(rank), own_s, others_s, is_data)
 
     def _rank_exited(self, fields: Mapping[str, Any], at_s: float) -> None:
         attempt = self._of(fields, at_s)
@@ -323,6 +364,7 @@ _TAKES = {
     "GangProgress": RunRecord._progress,
     "Named": RunRecord._hang_named,
     "RankHung": RunRecord._hang_named,
+    "Straggling": RunRecord._straggling,
     "RankExited": RunRecord._rank_exited,
     "ReportFailure": RunRecord._failed,
     "ReportCollateral": RunRecord._collateral,

@@ -31,12 +31,13 @@ def status_text(run: RunRecord, state: State, total_s: float, silent_s: float) -
         f"  began {clock(run.began_wall_s)}, {duration(total_s)} {'in all' if state.is_over else 'ago'}; {run.cluster}"
     )
     attempt = run.attempt
-    speed = pace(attempt) if attempt is not None else None
+    speed = (whole_pace if state.is_over else pace)(attempt) if attempt is not None else None
     if speed is not None:
         ago = f" (as of {duration(silent_s)} ago)" if not state.is_over else ""
         lines.append(f"  {pace_words(speed)}{ago}")
-    if attempt is not None and attempt.last is not None and attempt.last.stragglers:
-        lines.append(f"  slower than the others: rank {', '.join(map(str, attempt.last.stragglers))}")
+    if attempt is not None and attempt.last is not None:
+        known = attempt.stragglers
+        lines += [f"  slow: {known.get(rank, f'rank {rank}')}" for rank in attempt.last.stragglers[:_MAX_ATTEMPTS]]
     if run.num_restarts:
         lines.append(f"  {counted(run.num_restarts, 'restart')}")
         failed = [each for each in run.attempts if each.failure is not None]
@@ -94,6 +95,7 @@ def _attempt_lines(run: RunRecord) -> list[str]:
             lines.append(f"       {end}")
         if attempt.failure is not None and attempt.failure.log:
             lines.append(f"       log {attempt.failure.log}")
+        lines += [f"       slow: {straggler}" for straggler in attempt.stragglers.values()][:_MAX_ATTEMPTS]
     return lines
 
 

@@ -70,6 +70,28 @@ def test_the_report_says_where_the_time_went_and_why_an_attempt_ended(
     assert "log /runs/x/attempt_0/rank_1/stderr.log" in out
 
 
+def test_a_straggler_is_named_with_its_host_and_what_it_costs(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The one machine of 128 that should be taken out."""
+    story = Story().begin().attempt(2, 0)
+    story.tell(60, "Straggling", rank=1, own_s=0.52, others_s=0.31, step_s=0.6, is_data=True, has_ended=False)
+    directory = story.steps(70, 0, 90, stragglers=[1]).write(here)
+    words = "slow: rank 1 on host-0: 0.52 s of its own in each step, mostly waiting for data; the others 0.31 s"
+    assert words in ask(capsys, "report", str(directory))[1]
+    assert words in ask(capsys, "status", str(directory))[1]
+    data = json.loads(ask(capsys, "report", str(directory), "--json")[1])
+    assert data["attempts"][0]["stragglers"][0]["host"] == "host-0"
+    ask(capsys, "report", str(directory), "--html", "page.html")
+    assert words in (here / "page.html").read_text()
+
+
+def test_the_pace_of_a_job_that_is_noted_once_a_minute_is_known(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    story = Story().begin().attempt(2, 0).steps(10, 0, 1, samples=8)
+    for minute in range(1, 4):
+        story.steps(10 + 61 * minute, 0, 61 * minute, samples=8 * 61 * minute, total_steps=1000)
+    out = ask(capsys, "status", str(story.write(here)))[1]
+    assert "step 183 of 1,000 · 8.0 samples/s · 14 min left" in out
+
+
 def test_json_has_a_versioned_schema_and_the_same_facts(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     directory = done_story().write(here)
     for command in ("status", "report"):

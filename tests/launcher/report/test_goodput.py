@@ -138,6 +138,9 @@ fields = st.dictionaries(
             "is_new_root",
             "plan",
             "nodes",
+            "rank",
+            "own_s",
+            "is_data",
         ]
     ),
     st.one_of(
