@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from launcher.gang.causes import Kind, cause, kind, why_collateral
-from launcher.gang.events import Failure, RankExited
+from launcher.gang.events import Failure, RankExited, RankHung
 from launcher.gang.policy import exit_code_of, happened_at_s
 from launcher.gang.world import World
 from launcher.messages import hostname
@@ -94,6 +94,8 @@ def describe(failure: Failure, world: World | None, root: Failure | None = None)
     }
     if root is not None:
         found["why"] = why
+    if isinstance(failure, RankHung):
+        found["rank"] = failure.rank
     if isinstance(failure, RankExited):
         exception = failure.exception
         found |= {

@@ -109,7 +109,8 @@ def cause(failure: Failure, max_length: int = 2000) -> str:
     if is_secondhand(failure):
         max_length = min(max_length, _MAX_WORDS_OF_A_LIBRARY)
     words = [exception_line(failure.exception, max_length), failure.cause]
-    return f"{'; '.join(word for word in words if word)} ({failure.status})"
+    while_ending = " while it ended" if failure.status.signum in _OUR_SIGNALS else ""
+    return f"{'; '.join(word for word in words if word)} ({failure.status}{while_ending})"
 
 
 def exception_line(exception: ExceptionRecord, max_length: int) -> str:

@@ -61,10 +61,15 @@ def root_cause(failures: Sequence[Failure]) -> Failure:
 
 
 def exit_code_of(failure: Failure) -> int:
-    """The rank's own code, 128 + n for a signal; EXIT_HUNG; EXIT_NODE_LOST for what was not a rank's doing."""
+    """The rank's own code, 128 + n for a signal; EXIT_HUNG; EXIT_NODE_LOST for what was not a rank's doing. An exception ends a rank with
+    1, also where our signal was quicker than its clean-up."""
     if isinstance(failure, RankHung):
         return EXIT_HUNG
-    return failure.status.exit_code if isinstance(failure, RankExited) else EXIT_NODE_LOST
+    if not isinstance(failure, RankExited):
+        return EXIT_NODE_LOST
+    if failure.exception is not None and failure.status.signum in _OUR_SIGNALS:
+        return 1
+    return failure.status.exit_code
 
 
 def grace_after(failure: Failure, grace_s: float) -> float:

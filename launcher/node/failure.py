@@ -16,14 +16,15 @@ from launcher.gang.events import ExceptionRecord, ExitStatus
 from launcher.node.memory_kills import MemoryKills
 
 _TAIL_BYTES = 4096
-_MAX_RECORD_BYTES = 1 << 20
+_MAX_RECORD_BYTES = 8 << 20
 _SHOWN_FRAMES = 12
 _OUR_FRAMES = tuple(f'  File "{Path(__file__).with_name(name)}"' for name in ("runner.py", "forkserver.py"))
 _A_CHILD_WAS_KILLED = re.compile(
     r"killed by signal: Killed|exited unexpectedly|terminated abruptly|died with <Signals.SIGKILL|worker .* died", re.I
 )
 """How libraries say that a process of theirs has gone: torch's data loaders, concurrent.futures, subprocess."""
-_WORKER_SIGNAL = re.compile(r"killed by signal: (?!Killed)")
+_WORKER_SIGNAL = re.compile(r"DataLoader worker \(pid (\d+)\) is killed by signal: ([\w ]+)")
+"""Of torch: in the message, or in that of the exception that led to it."""
 
 
 @dataclass(frozen=True)
@@ -76,14 +77,17 @@ def what_was_left(
 
 
 def _of_exception(exception: ExceptionRecord, crash_file: str, memory_kills: MemoryKills) -> Left:
-    """A process of its own that was killed or has crashed is an exception in its parent."""
-    if _A_CHILD_WAS_KILLED.search(exception.message):
-        why = memory_kills.explain([int(pid) for pid in re.findall(r"\d{2,}", exception.message)])
-        if why:
-            return Left(exception, cause=why, out_of_memory=True)
-    if _WORKER_SIGNAL.search(exception.message):
-        return Left(exception, cause=_of_crash(crash_file).cause)
-    return Left(exception)
+    """A process of its own that was killed or has crashed is an exception in its parent, which may only have a guess of how."""
+    if not _A_CHILD_WAS_KILLED.search(exception.message):
+        return Left(exception)
+    signals = _WORKER_SIGNAL.findall(f"{exception.message}\n{exception.traceback}")
+    pids = [int(pid) for pid, _ in signals] + [int(pid) for pid in re.findall(r"\d{2,}", exception.message)]
+    why = memory_kills.explain(pids)
+    if why:
+        return Left(exception, cause=why, out_of_memory=True)
+    how = f"killed by signal: {signals[0][1]}" if signals else ""
+    more = memory_kills.what_else() if how.endswith("Killed") else _of_crash(crash_file).cause
+    return Left(exception, cause=", ".join(part for part in (how, more) if part))
 
 
 _SAID_BY_NATIVE_CODE = re.compile(

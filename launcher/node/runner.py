@@ -38,6 +38,7 @@ _ours = {__file__}
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 CRASH_FILE, EXIT_FILE, TRACEBACK_FILE = "crash.log", "exit.json", "traceback.at"
 """Beside TORCHELASTIC_ERROR_FILE."""
+_MAX_TEXT = 64 * 1024
 _FIRST_FD = 400
 """Above the numbers that a program would get anyhow."""
 
@@ -76,12 +77,27 @@ def _record(error: BaseException, error_file: str) -> None:
         text = "".join(traceback.format_exception(type(error), error, tb))
         data = {
             "message": {
-                "message": f"{type(error).__qualname__}: {error}",
-                "extraInfo": {"py_callstack": text, "timestamp": str(int(now)), "timestamp_s": now},
+                "message": _cut(f"{type(error).__qualname__}: {_words_of(error)}"),
+                "extraInfo": {"py_callstack": _cut(text), "timestamp": str(int(now)), "timestamp_s": now},
             }
         }
         with open(error_file, "w") as file:
             json.dump(data, file)
+
+
+def _words_of(error: BaseException) -> str:
+    try:
+        return str(error)
+    except BaseException:
+        return "<exception str() failed>"  # what the interpreter prints then
+
+
+def _cut(text: str) -> str:
+    """The record is read by the launcher and sent between machines; the log has all."""
+    if len(text) <= _MAX_TEXT:
+        return text
+    half = _MAX_TEXT // 2
+    return f"{text[:half]}\n… {len(text) - 2 * half} characters, see stderr.log …\n{text[-half:]}"
 
 
 def _without(tb: types.TracebackType | None, *files: str) -> types.TracebackType | None:

@@ -14,7 +14,7 @@ from launcher.gang.causes import (
     why_collateral,
 )
 from launcher.gang.events import ExceptionRecord, ExitStatus, Failure, NodeFailed, NodeLost, RankExited
-from launcher.gang.policy import root_cause
+from launcher.gang.policy import exit_code_of, root_cause
 
 GLOO = "[/w/third_party/gloo/gloo/transport/tcp/pair.cc:{}] "
 IN_TORCH = 'Traceback (most recent call last):\n  File "/x/torch/distributed/distributed_c10d.py", line 3, in f\n'
@@ -82,7 +82,7 @@ def test_a_rank_that_was_dead_before_we_stopped_anybody_did_not_die_of_us() -> N
     stopped = failed(2, 5.3, status=ExitStatus(signum=15))
     assert root_cause([lost, killed, stopped]) is killed
     assert root_cause([lost, stopped]) is lost
-    assert why_collateral(stopped, lost) == "stopped by the launcher"
+    assert why_collateral(stopped, lost) == "stopped by the launcher, signal 15 (SIGTERM)"
     by_kernel = failed(3, 5.4, status=ExitStatus(signum=9), out_of_memory=True, cause="out of memory")
     assert root_cause([lost, stopped, by_kernel]) is by_kernel
 
@@ -111,6 +111,13 @@ def test_a_rank_that_was_dead_before_we_stopped_anybody_did_not_die_of_us() -> N
 def test_a_cause_is_one_line_and_has_a_kind(failure: Failure, line: str, what: Kind) -> None:
     assert cause(failure) == line
     assert kind(failure) is what
+
+
+def test_an_exception_ends_with_1_even_if_our_signal_was_quicker_than_its_clean_up() -> None:
+    stopped = failed(1, 5.0, record("ValueError", "it broke"), status=ExitStatus(signum=15))
+    assert exit_code_of(stopped) == 1
+    assert cause(stopped) == "ValueError: it broke (signal 15 (SIGTERM) while it ended)"
+    assert exit_code_of(failed(1, 5.0, status=ExitStatus(signum=15))) == 143
 
 
 def test_what_a_data_loaders_worker_raised_is_told_as_the_workers() -> None:

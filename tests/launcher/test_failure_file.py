@@ -7,7 +7,8 @@ import re
 from pathlib import Path
 
 from launcher.failure_file import VERSION, FailureFile, describe
-from launcher.gang.events import ExceptionRecord, ExitStatus, NodeLost, RankExited
+from launcher.gang.causes import Kind
+from launcher.gang.events import ExceptionRecord, ExitStatus, NodeLost, RankExited, RankHung
 from launcher.gang.world import NodeInfo, World
 from tests.launcher.launched import ROOT, launch
 
@@ -53,10 +54,18 @@ def test_a_disk_that_cannot_be_written_is_said_once_and_costs_nothing_else(tmp_p
     assert len(said) == 1
 
 
+def test_a_hang_has_its_rank_and_its_kind() -> None:
+    found = describe(RankHung(0, "a", 3, "left the common step", 1.0), WORLD)
+    assert (found["rank"], found["kind"], found["cause"]) == (3, "hung", "left the common step")
+
+
 def test_the_manual_names_every_field_and_no_other() -> None:
     """The schema is a promise to other programs."""
     page = (ROOT / "docs" / "launcher.md").read_text()
     table = page.partition("### failure.json")[2].partition("\n## ")[0]
+    kinds = re.search(r"^\| `kind` \|(.*)$", table, re.MULTILINE)
+    assert kinds
+    assert {kind.value for kind in Kind} == set(re.findall("`(.*?)`", kinds[1]))
     named = {name for row in re.findall(r"^\| (`.*?`) \|", table, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)}
     fields = {"version", "run_dir", "exit_code", "reason", "attempts"}
     fields |= {"attempt", "root", "others", "num_others", "consequence"}
