@@ -21,6 +21,8 @@ from launcher.spec import JobSpec, OnHang
 
 _STACKS_S = 5.0
 """How long the end of a hung attempt waits for its stacks to be on disk."""
+_NATIVE_S = 1.5
+"""When they are, native frames have so much more: reading torch's symbols takes a second, and with the ranks they are gone."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,13 @@ class Monitor:
     def _give_up_if_due(self, world: World, now: float) -> Sequence[Effect]:
         if not self.health.is_given_up:
             self._due = None  # it went on while its stacks were being written
-        if self._due is None or (now < self._due[1] and not self._final >= set(world.node_ids())):
+        if self._due is None:
             return ()
-        hung, self._due = self._due[0], None
+        hung, due_s = self._due
+        if self._final >= set(world.node_ids()):
+            due_s = min(due_s, now + _NATIVE_S)
+            self._due = (hung, due_s)
+        if now < due_s:
+            return ()
+        self._due = None
         return (hung,)
