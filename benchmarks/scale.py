@@ -21,7 +21,6 @@ import argparse
 import contextlib
 import cProfile
 import os
-import pickle
 import pstats
 import resource
 import shlex
@@ -37,6 +36,7 @@ from pathlib import Path
 
 from benchmarks.machine import hardware, versions
 from launcher.cluster.ports import EventSink
+from launcher.cluster.ray.parcel import Packer, unpack
 from launcher.console import Console
 from launcher.controller import Controller, SystemClock
 from launcher.gang import rank_env
@@ -71,7 +71,7 @@ PHASES = (
     "loss",
     "loss, again",
     "environment",
-    "plan, pickled",
+    "plan, packed",
 )
 
 
@@ -112,6 +112,12 @@ class SimulatedNode:
     def stop_attempt(self, attempt: int, grace_s: float, signum: int, can_save: bool = False) -> None:
         self._cluster.stopped[attempt].one_more()
 
+    def share_cache(self, addresses: tuple[str, ...]) -> None:
+        pass
+
+    def take_stacks(self, attempt: int, look: int, is_final: bool) -> None:
+        pass
+
     def end_all(self, attempt: int, but: int = -1) -> None:
         """Its ranks die of the signal, then nothing is alive."""
         assert self._plan is not None
@@ -144,6 +150,9 @@ class SimulatedCluster:
 
     def node(self, node_id: str) -> SimulatedNode:
         return self.nodes[node_id]
+
+    def let_go(self, node_id: str) -> None:
+        self.nodes[node_id].is_lost = True
 
     def close(self) -> None:
         pass
@@ -225,7 +234,7 @@ def _drive(cluster: SimulatedCluster, num_nodes: int, took: dict[str, float]) ->
 
     plan = AttemptPlan(2, World(tuple(node.info for node in nodes[:num_nodes])), StoreAddress("10.0.0.1", 29500))
     took["environment"] = environment_s(plan)
-    took["plan, pickled"] = pickled_s(plan)
+    took["plan, packed"] = packed_s(plan)
     for node in [*nodes[:1], *nodes[2:]]:
         for member in node._plan.world.members_of(node.info.node_id) if node._plan else ():
             where = (2, node.info.node_id, member.rank, member.local_rank, 1000 + member.local_rank)
@@ -265,20 +274,21 @@ def plan_s(num_nodes: int) -> float:
 
 def environment_s(plan: AttemptPlan) -> float:
     """One agent's part: its copy of the plan, and the environment of its ranks."""
-    data = pickle.dumps(plan)
+    data = Packer().pack(plan)
     spec = JobSpec(Program(ProgramKind.SCRIPT, "train.py"), nproc_per_node=RANKS_PER_NODE)
     began_s = time.perf_counter()
-    mine: AttemptPlan = pickle.loads(data)
+    mine = unpack(data)
     for member in mine.world.members_of(mine.world.nodes[-1].node_id):
         rank_env.settings(spec, mine, member, RankPlaces("/runs/job", "/runs/job/error.json"), {})
     return time.perf_counter() - began_s
 
 
-def pickled_s(plan: AttemptPlan) -> float:
-    """Ray pickles the arguments of each call: the plan, once for each node."""
+def packed_s(plan: AttemptPlan) -> float:
+    """What is sent to each node over Ray, made ready for all of them."""
+    packer = Packer()
     began_s = time.perf_counter()
     for _ in plan.world.nodes:
-        pickle.dumps(plan)
+        packer.pack(plan)
     return time.perf_counter() - began_s
 
 
@@ -310,7 +320,7 @@ LEGEND = """\
 - **again**: from the last of them until the last node was told to start
 - **loss**, **loss, again**: the same for a node that is lost, with a spare
 - **environment**: one agent's part: reading the plan, the environment of its ranks
-- **plan, pickled**: the plan pickled once for each node
+- **plan, packed**: what goes over Ray, made ready for every node
 """
 
 

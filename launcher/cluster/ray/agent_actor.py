@@ -29,8 +29,9 @@ import ray
 from launcher.cluster.ray import topology
 from launcher.cluster.ray.lease import Lease, Terms
 from launcher.cluster.ray.outbox import Outbox
+from launcher.cluster.ray.parcel import unpack
 from launcher.errors import NodeError
-from launcher.gang.events import AttemptPlan, Event, LogChunk, Notice, Output
+from launcher.gang.events import Event, LogChunk, Notice, Output
 from launcher.gang.world import NodeInfo
 from launcher.node.agent_host import PULSE
 from launcher.spec import JobSpec
@@ -106,8 +107,8 @@ class AgentActor:
     def open_store(self, attempt: int) -> None:
         self._send("open_store", attempt)
 
-    def start_ranks(self, plan: AttemptPlan) -> None:
-        self._send("start_ranks", plan)
+    def start_ranks(self, parcel: bytes) -> None:
+        self._send("start_ranks", unpack(parcel))
 
     def stop_attempt(self, attempt: int, grace_s: float, signum: int, can_save: bool = False) -> None:
         self._send("stop_attempt", attempt, grace_s, signum, can_save)

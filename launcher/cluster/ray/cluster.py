@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,9 @@ from launcher.cluster.ray.keeper import Keeper, Wanted
 from launcher.cluster.ray.lease import Terms
 from launcher.cluster.ray.leaving import Leaving
 from launcher.cluster.ray.lifelines import Lifelines
+from launcher.cluster.ray.parcel import Packer
 from launcher.cluster.ray.remote_node import RemoteNode
+from launcher.cluster.ray.waiter import Waiter
 from launcher.errors import RequestRefused
 from launcher.exclusion_file import NOWHERE, ExclusionFile
 from launcher.gang.events import (
@@ -60,6 +63,8 @@ class RayCluster:
         self._terms = Terms(spec.heartbeat_timeout_s)
         self._head = HeadWatch(address)
         self._lifelines = Lifelines()
+        self._events, self._outputs = Waiter("events"), Waiter("outputs")
+        self._packer = Packer()
         self._cache_peers = CachePeers(self._share_cache)
         self._keeper: Keeper | None = None
         self._changed = threading.Condition()
@@ -140,6 +145,8 @@ class RayCluster:
             with contextlib.suppress(ray.exceptions.RayError):
                 ray.wait(closing, num_returns=len(closing), timeout=CLOSE_S)
         self._lifelines.close()
+        self._events.close()
+        self._outputs.close()
         if self._head.is_lost:
             forget_ray()
             return
@@ -149,8 +156,6 @@ class RayCluster:
             self._acquiring.join(CLOSE_S)
         if self._group is not None:
             self._group.remove()
-        for node in nodes:
-            node.join(1.0)
         with contextlib.suppress(Exception):
             ray.shutdown()
 
@@ -288,18 +293,16 @@ class RayCluster:
         key = self._cache_peers.key_for(self._spec)
         port = agent.actor.begin.remote(info, self._spec, self._run_dir, agent.hello.cwd, key)
         tap = _Tap(self._sink, self._lost, self._leaving, self._left, self._cache_peers)
-        remote = RemoteNode(info, agent.actor, tap, self._terms)
+        remote = RemoteNode(info, agent.actor, tap, self._terms, self._events, self._outputs, self._packer)
         with self._changed:
             self._nodes[info.node_id] = remote
         remote.start()
-        threading.Thread(target=self._connect, args=(remote, port), name="lifeline", daemon=True).start()
+        self._events.when(port, lambda answer: self._connect(remote, answer))
         return info
 
-    def _connect(self, remote: RemoteNode, port: ray.ObjectRef[int]) -> None:
-        with contextlib.suppress(ray.exceptions.RayError):  # the fetching thread will say what is wrong
-            number = ray.get(port, timeout=self._terms.silence_s)
-            if number:
-                self._lifelines.connect(remote.node.node_id, remote.node.addr, number, remote.process_ended)
+    def _connect(self, remote: RemoteNode, port: Future[int]) -> None:
+        if port.exception() is None and port.result():  # else the next poll will say what is wrong
+            self._lifelines.connect(remote.node.node_id, remote.node.addr, port.result(), remote.process_ended)
 
     def _lost(self, node_id: str) -> None:
         self._lifelines.forget(node_id)

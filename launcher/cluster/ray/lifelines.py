@@ -8,13 +8,12 @@ silence is the heartbeat's business. Nor is a connection that cannot be made any
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import selectors
 import socket
 import threading
 from collections.abc import Callable
-
-_CONNECT_S = 1.0
 
 
 class Lifelines:
@@ -31,18 +30,19 @@ class Lifelines:
         self._thread.start()
 
     def connect(self, node_id: str, addr: str, port: int, on_end: Callable[[], None]) -> None:
-        """Calls `on_end` once, from our thread, when the process at the other end is dead. Blocks for the connection, at most a second."""
-        try:
-            line = socket.create_connection((addr, port), _CONNECT_S)
-        except OSError:
-            return
+        """Calls `on_end` once, from our thread, when the process at the other end is dead. Does not block."""
+        line = socket.socket(socket.AF_INET6 if ":" in addr else socket.AF_INET)
         line.setblocking(False)
+        if line.connect_ex((addr, port)) not in (0, errno.EINPROGRESS):
+            line.close()
+            return
         with self._lock:
             if self._is_closed:
                 line.close()
                 return
             self._lines[node_id] = line
-            self._selector.register(line, selectors.EVENT_READ, (node_id, on_end))
+            # It can be written to once it is connected, or has failed to.
+            self._selector.register(line, selectors.EVENT_WRITE, (node_id, on_end))
         self._wake()
 
     def forget(self, node_id: str) -> None:
@@ -72,17 +72,28 @@ class Lifelines:
 
     def _run(self) -> None:
         while not self._is_closed:
-            for key, _ in self._selector.select():
+            for key, mask in self._selector.select():
                 if key.data is None:
                     os.read(self._wake_fd, 4096)
                     continue
                 node_id, on_end = key.data
-                if self._has_ended(key.fileobj):
+                if mask & selectors.EVENT_WRITE:
+                    self._settle(key.fileobj, key.data)
+                elif self._has_ended(key.fileobj):
                     self.forget(node_id)
                     on_end()
         self._selector.close()
         os.close(self._wake_fd)
         os.close(self._wake_write_fd)
+
+    def _settle(self, line: object, data: tuple[str, Callable[[], None]]) -> None:
+        """The connection is made, or cannot be."""
+        assert isinstance(line, socket.socket)
+        if line.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            self.forget(data[0])
+            return
+        with self._lock, contextlib.suppress(KeyError, ValueError, RuntimeError):  # it was forgotten meanwhile
+            self._selector.modify(line, selectors.EVENT_READ, data)
 
     @staticmethod
     def _has_ended(line: object) -> bool:

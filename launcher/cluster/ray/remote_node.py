@@ -1,10 +1,15 @@
-"""The driver's side of one agent: commands go out without waiting, two threads fetch events and shown output."""
+"""The driver's side of one agent: commands go out without waiting, events and shown output are fetched by long-poll.
+
+No thread of its own: one for the events of all nodes, one for their output (`waiter.py`). Output has another, because handing it over
+blocks while the terminal is slow.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import threading
 import time
+from concurrent.futures import Future
 from typing import Any
 
 import ray
@@ -12,6 +17,8 @@ import ray
 from launcher.cluster.ports import EventSink
 from launcher.cluster.ray.agent_actor import EVENT_GROUP, OUTPUT_GROUP
 from launcher.cluster.ray.lease import Terms
+from launcher.cluster.ray.parcel import Packer
+from launcher.cluster.ray.waiter import Waiter
 from launcher.errors import NodeError
 from launcher.gang.events import AttemptPlan, NodeLost
 from launcher.gang.world import NodeInfo
@@ -25,31 +32,39 @@ LAST_WORDS_S = 0.2
 class RemoteNode:
     """A NodeHandle over an AgentActor."""
 
-    def __init__(self, node: NodeInfo, actor: Any, sink: EventSink, terms: Terms) -> None:
+    def __init__(
+        self, node: NodeInfo, actor: Any, sink: EventSink, terms: Terms, events: Waiter, outputs: Waiter, packer: Packer
+    ) -> None:
         self.node = node
-        self.lost_at_s: float | None = None
-        """Monotonic."""
         self._terms = terms
         self._actor = actor
         self._sink = sink
+        self._events = events
+        self._outputs = outputs
+        self._packer = packer
         self._over = threading.Event()
         self._losing = threading.Lock()
-        self._process_ended = threading.Event()
-        self._threads = [
-            threading.Thread(target=self._fetch_events, name=f"events-{node.hostname}", daemon=True),
-            threading.Thread(target=self._fetch_outputs, name=f"logs-{node.hostname}", daemon=True),
-        ]
+        # Owned by the thread of events:
+        self._heard_s = 0.0
+        self._num_arrived = 0
+        self._last_heard = 0
+        self._why_gone = ""
+        self._has_process_ended = False
+        # Owned by the thread of output:
+        self._num_outputs_arrived = 0
 
     def start(self) -> None:
         """Begins to fetch."""
-        for thread in self._threads:
-            thread.start()
+        self._heard_s = time.monotonic()
+        self._events.after(0.0, self._poll)
+        self._events.after(self._terms.silence_s, self._check_silence)
+        self._outputs.after(0.0, self._poll_outputs)
 
     def open_store(self, attempt: int) -> None:
         self._tell("open_store", attempt)
 
     def start_ranks(self, plan: AttemptPlan) -> None:
-        self._tell("start_ranks", plan)
+        self._tell("start_ranks", self._packer.pack(plan))
 
     def stop_attempt(self, attempt: int, grace_s: float, signum: int, can_save: bool = False) -> None:
         self._tell("stop_attempt", attempt, grace_s, signum, can_save)
@@ -74,13 +89,6 @@ class RemoteNode:
         with contextlib.suppress(Exception):
             ray.kill(self._actor)
 
-    def join(self, timeout_s: float) -> None:
-        """Waits for the threads to notice the end."""
-        deadline_s = time.monotonic() + timeout_s
-        for thread in self._threads:
-            if thread.is_alive() and thread is not threading.current_thread():
-                thread.join(max(0.0, deadline_s - time.monotonic()))
-
     @property
     def is_over(self) -> bool:
         """True once the node is lost or closed."""
@@ -95,69 +103,97 @@ class RemoteNode:
 
     def process_ended(self) -> None:
         """The agent's process is dead. What its actor says of it within a moment is the better reason."""
-        self._process_ended.set()
-        timer = threading.Timer(LAST_WORDS_S, self._lose, ["its agent's process is gone"])
-        timer.daemon = True
-        timer.start()
+        self._events.after(0.0, self._note_process_ended)
 
-    def _fetch_events(self) -> None:
-        heard_s, num_arrived, last_heard = time.monotonic(), 0, 0
-        while not self._over.is_set():
-            left_s = heard_s + self._terms.silence_s - time.monotonic()
-            if left_s <= 0:
-                self._lose(f"not heard of for {self._terms.silence_s:g} s")
-                return
-            try:
-                poll = self._actor.poll_events.options(concurrency_group=EVENT_GROUP)
-                last_heard, batch = ray.get(poll.remote(num_arrived, last_heard, self._terms.poll_s), timeout=left_s)
-            except ray.exceptions.GetTimeoutError:
-                continue
-            except ray.exceptions.ActorUnavailableError:
-                self._over.wait(0.1)
-                continue
-            except ray.exceptions.RayError as error:
-                if not isinstance(getattr(error, "cause", None), NodeError):
-                    # Ray may be wrong: it takes a node for dead that it alone cannot reach, and the ranks there run on. Either the
-                    # process's end is seen, or the agent's lease has ended when our patience has.
-                    self._process_ended.wait(max(0.0, heard_s + self._terms.silence_s - time.monotonic()))
-                self._lose(_why_gone(error))
-                return
-            heard_s = time.monotonic()
-            num_arrived += len(batch)
+    # --- in the thread of events ----------------------------------------------------------------------------------------------------
+
+    def _note_process_ended(self) -> None:
+        self._has_process_ended = True
+        if self._why_gone:
+            self._lose(self._why_gone)
+        else:
+            self._events.after(LAST_WORDS_S, lambda: self._lose("its agent's process is gone"))
+
+    def _poll(self) -> None:
+        if self._over.is_set():
+            return
+        poll = self._actor.poll_events.options(concurrency_group=EVENT_GROUP)
+        try:
+            ref = poll.remote(self._num_arrived, self._last_heard, self._terms.poll_s)
+        except ray.exceptions.RayError as error:
+            self._is_gone(error)
+            return
+        self._events.when(ref, self._polled)
+
+    def _polled(self, answer: Future[Any]) -> None:
+        if self._over.is_set():
+            return
+        error = answer.exception()
+        if isinstance(error, ray.exceptions.ActorUnavailableError):
+            self._events.after(0.1, self._poll)
+        elif error is not None:
+            self._is_gone(error)
+        else:
+            self._last_heard, batch = answer.result()
+            self._heard_s = time.monotonic()
+            self._num_arrived += len(batch)
             for event in batch:
                 if not self._over.is_set():
                     self._sink.put(event)
+            self._poll()
 
-    def _fetch_outputs(self) -> None:
-        num_arrived = 0
-        while not self._over.is_set():
-            try:
-                poll = self._actor.poll_outputs.options(concurrency_group=OUTPUT_GROUP)
-                outputs = ray.get(poll.remote(num_arrived, OUTPUT_POLL_S))
-            except ray.exceptions.ActorUnavailableError:
-                self._over.wait(0.2)
-                continue
-            except ray.exceptions.RayError:
-                return  # the other thread says so
+    def _is_gone(self, error: BaseException) -> None:
+        """Ray says so. It may be wrong: it takes a node for dead that it alone cannot reach, and the ranks there run on. Either the
+        process's end is seen, or the agent's lease has ended when our patience has."""
+        self._why_gone = why_gone(error)
+        if isinstance(getattr(error, "cause", None), NodeError) or self._has_process_ended:
+            self._lose(self._why_gone)
+
+    def _check_silence(self) -> None:
+        if self._over.is_set():
+            return
+        left_s = self._heard_s + self._terms.silence_s - time.monotonic()
+        if left_s > 0:
+            self._events.after(left_s, self._check_silence)
+        else:
+            self._lose(self._why_gone or f"not heard of for {self._terms.silence_s:g} s")
+
+    # --- in the thread of output ----------------------------------------------------------------------------------------------------
+
+    def _poll_outputs(self) -> None:
+        if self._over.is_set():
+            return
+        poll = self._actor.poll_outputs.options(concurrency_group=OUTPUT_GROUP)
+        with contextlib.suppress(ray.exceptions.RayError):  # the thread of events says so
+            self._outputs.when(poll.remote(self._num_outputs_arrived, OUTPUT_POLL_S), self._polled_outputs)
+
+    def _polled_outputs(self, answer: Future[Any]) -> None:
+        error = answer.exception()
+        if isinstance(error, ray.exceptions.ActorUnavailableError):
+            self._outputs.after(0.2, self._poll_outputs)
+        elif error is None:
+            outputs = answer.result()
             for output in outputs:
-                self._sink.put_log(output)
-            num_arrived += len(outputs)
+                if not self._over.is_set():
+                    self._sink.put_log(output)
+            self._num_outputs_arrived += len(outputs)
+            self._poll_outputs()
 
     def _lose(self, reason: str) -> None:
         """Reports the loss, unless it was we who ended the agent."""
         with self._losing:
             if self._over.is_set():
                 return
-            self.lost_at_s = time.monotonic()
             self._over.set()
         self._sink.put(NodeLost(self.node.node_id, reason, time.time()))
-        self.kill()
+        # Not in this thread, which all nodes wait for: Ray may take its time.
+        threading.Thread(target=self.kill, name=f"kill-{self.node.hostname}", daemon=True).start()
 
 
-def _why_gone(error: Exception) -> str:
+def why_gone(error: BaseException) -> str:
     """Ray's many lines in one.
 
-    >>> _why_gone(ray.exceptions.RayError("The actor died.\\n  class_name: AgentActor"))
+    >>> why_gone(ray.exceptions.RayError("The actor died.\\n  class_name: AgentActor"))
     'its agent is gone (The actor died.)'
     """
     cause = getattr(error, "cause", None)
