@@ -37,7 +37,7 @@ from benchmarks.recovery import SCRIPT
 from launcher.node.guardian import descendants_of, parents
 
 RESULT = Path(__file__).parent / "results" / "node_loss_2cores_202611.md"
-TRIAL_TIMEOUT_S = 60.0
+TRIAL_TIMEOUT_S = 30.0
 WARM_S = 3.0
 NUM_NODES = 3
 STORE_PORT = 29400

@@ -32,7 +32,7 @@ from pathlib import Path
 from benchmarks.machine import hardware, versions
 
 RESULT = Path(__file__).parent / "results" / "recovery_2cores_202611.md"
-TRIAL_TIMEOUT_S = 60.0
+TRIAL_TIMEOUT_S = 30.0
 RANKS_PER_NODE = 2
 
 SCRIPT = """

@@ -122,7 +122,7 @@ def test_a_short_chaos_loses_no_sample_and_leaves_nothing(nodes: RayNodes, tmp_p
     """`python -m benchmarks.chaos` is the long one: there, whole nodes and links as well."""
     (tmp_path / "tmp").mkdir()
     kinds = chaos.choose("kill_rank,kill_guardian,kill_fork_server,kill_store,freeze_agent,drain")
-    chaos.run(chaos.Chaos(nodes, MARKS, tmp_path, random.Random(seed), kinds), 6)
+    chaos.run(chaos.Chaos(nodes, MARKS, tmp_path, random.Random(seed), kinds), 5)
 
 
 def test_a_lost_head_ends_the_job_with_a_word_and_without_orphans(nodes: RayNodes, tmp_path: Path) -> None:
