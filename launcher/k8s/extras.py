@@ -8,6 +8,7 @@ from launcher.k8s import peers
 from launcher.k8s.choices import CacheMode
 from launcher.k8s.options import CACHE_PORT, PEER_PORT, KubeJob
 from launcher.k8s.pods import JOB_LABEL, ROLE_LABEL, service_account
+from launcher.spec import host_and_port
 
 DASHBOARD_PORT = 8265
 RAY_METRICS_PORT = 8080
@@ -108,6 +109,7 @@ def network_policy(job: KubeJob) -> list[dict[str, Any]]:
             "ports": [
                 _port(RAY_METRICS_PORT),
                 *([_port(CACHE_PORT)] if job.kube.cache.mode is CacheMode.SIDECAR else []),
+                *([_port(host_and_port("--metrics", job.spec.metrics)[1])] if job.spec.metrics else []),
             ],
         },
     ]
@@ -126,7 +128,7 @@ def network_policy(job: KubeJob) -> list[dict[str, Any]]:
 
 
 def pod_monitor(job: KubeJob) -> list[dict[str, Any]]:
-    """Ray's metrics (the port that KubeRay names `metrics`) and the cache's."""
+    """Ray's metrics (the port that KubeRay names `metrics`), the cache's, and with `--metrics` the launcher's, which runs in the head."""
     if not job.kube.pod_monitor:
         return []
     ports = ["metrics", *(["cache-metrics"] if job.kube.cache.mode is CacheMode.SIDECAR else [])]
@@ -139,6 +141,27 @@ def pod_monitor(job: KubeJob) -> list[dict[str, Any]]:
                 "selector": {"matchLabels": {JOB_LABEL: job.kube.name}},
                 "podTargetLabels": [JOB_LABEL, ROLE_LABEL],
                 "podMetricsEndpoints": [{"port": port, "path": "/metrics"} for port in ports],
+            },
+        },
+        *_launcher_monitor(job),
+    ]
+
+
+def _launcher_monitor(job: KubeJob) -> list[dict[str, Any]]:
+    if not job.spec.metrics:
+        return []
+    _, port = host_and_port("--metrics", job.spec.metrics)
+    # A port of container 0 that is listed takes KubeRay's own from the head (rule head-ports), so the target is made of Ray's port.
+    address = {"sourceLabels": ["__meta_kubernetes_pod_ip"], "replacement": f"$1:{port}", "targetLabel": "__address__"}
+    return [
+        {
+            "apiVersion": "monitoring.coreos.com/v1",
+            "kind": "PodMonitor",
+            "metadata": metadata(job, f"{job.kube.name}-launcher"),
+            "spec": {
+                "selector": {"matchLabels": {JOB_LABEL: job.kube.name, ROLE_LABEL: "head"}},
+                "podTargetLabels": [JOB_LABEL],
+                "podMetricsEndpoints": [{"port": "metrics", "path": "/metrics", "relabelings": [address]}],
             },
         }
     ]

@@ -17,6 +17,7 @@ from launcher.k8s.choices import CacheMode, CacheVolume, Preload, Scheduler, Sch
 from launcher.k8s.entrypoint import entrypoint, flag_of, launcher_arguments
 from launcher.k8s.manifest import render, to_yaml
 from launcher.k8s.options import CacheSettings, KubeJob
+from launcher.k8s.pods import ROLE_LABEL
 from launcher.options.intent import understand
 from launcher.options.parse import parse
 from launcher.spec import JobSpec, Program, ProgramKind
@@ -90,6 +91,20 @@ def test_every_field_of_a_job_reaches_the_cluster(path: str, field: Field[Any], 
         one = changed(spec(), path, value)
         assert one is not None
         assert understand(parse(shlex.split(entrypoint(one))[3:], {}), {}, ".").spec == one
+
+
+def test_the_launchers_metrics_are_scraped_at_the_head_alone() -> None:
+    """It runs there; a worker has no such port and would be down for ever."""
+    rendered = render(job({"metrics": "0.0.0.0:9400"}, pod_monitor=True, network_policy=True))
+    ray, own = (one for one in rendered.objects if one["kind"] == "PodMonitor")
+    assert ROLE_LABEL not in ray["spec"]["selector"]["matchLabels"]
+    assert own["spec"]["selector"]["matchLabels"][ROLE_LABEL] == "head"
+    (endpoint,) = own["spec"]["podMetricsEndpoints"]
+    assert endpoint["relabelings"][0]["replacement"] == "$1:9400"
+    policy = next(one for one in rendered.objects if one["kind"] == "NetworkPolicy")
+    assert 9400 in [port["port"] for rule in policy["spec"]["ingress"] for port in rule.get("ports", [])]
+    without = render(job(pod_monitor=True)).objects
+    assert [one["kind"] for one in without].count("PodMonitor") == 1
 
 
 def test_a_field_without_a_flag_is_refused_and_not_dropped() -> None:

@@ -20,6 +20,7 @@ from launcher.k8s.names import suggest_name
 from launcher.k8s.options import DEFAULT_RAY_VERSION
 from launcher.k8s.rules import check
 from launcher.k8s.rules_pod import check_pod
+from launcher.report import metrics as job_metrics
 from tests.launcher.k8s.schemas import faults
 
 ROOT = Path(__file__).parents[3]
@@ -103,9 +104,8 @@ def exported() -> dict[str, set[str]]:
 
 
 def asked() -> str:
-    return (K8S / "monitoring" / "dashboard.json").read_text().replace('\\"', '"') + (
-        K8S / "monitoring" / "alerts.yaml"
-    ).read_text()
+    names = ("dashboard.json", "dashboard-jobs.json", "alerts.yaml")
+    return "".join((K8S / "monitoring" / name).read_text().replace('\\"', '"') for name in names)
 
 
 def test_every_metric_that_an_alert_or_the_dashboard_asks_for_is_one_that_the_cache_has() -> None:
@@ -113,6 +113,14 @@ def test_every_metric_that_an_alert_or_the_dashboard_asks_for_is_one_that_the_ca
     assert json.loads((K8S / "monitoring" / "dashboard.json").read_text())["panels"]
     names = set(re.findall(r"railhead_cache_\w+", asked()))
     assert names and names <= exported().keys()
+
+
+def test_every_metric_of_a_job_that_is_asked_for_is_one_that_the_launcher_has() -> None:
+    assert json.loads((K8S / "monitoring" / "dashboard-jobs.json").read_text())["panels"]
+    names = set(re.findall(r"railhead_job_(\w+)", asked()))
+    assert names and names <= {*job_metrics.GAUGES, *(f"{name}_total" for name in job_metrics.COUNTERS)}
+    labels = set(re.findall(r"by \((?:run, )?(\w+)\) \(railhead_job", asked()))
+    assert labels <= {"run", *job_metrics.LABELS.values()}
 
 
 def test_every_state_of_the_disk_that_an_alert_names_is_one_and_each_but_ok_has_an_alert() -> None:
