@@ -19,7 +19,7 @@ import torch
 from torch.utils.data import Dataset
 
 from cache.client.client import Cache
-from cache.client.formats.index import Ints, SampleIndex
+from cache.client.formats.index import Described, Ints, SampleIndex
 from cache.client.formats.ports import Unit, ValueFormat
 from cache.client.formats.tokens import TokenFormat
 from cache.client.handles import OpenShards
@@ -77,17 +77,20 @@ class ShardDataset(Dataset[Any]):
         numbers = np.asarray(samples, dtype=np.int64)
         if numbers.size and (int(numbers.min()) < 0 or int(numbers.max()) >= len(self)):
             raise IndexError(f"samples {numbers.min()}..{numbers.max()} of a data set of {len(self)}")
-        shards = self.index.shard_of(numbers)
-        fetched: list[Any] = [None] * len(numbers)
         # In the order in which they lie: neighbours share blocks, and a reader past the daemon fetches windows.
-        order = np.lexsort((numbers, shards)).tolist()
-        misses = self.cache.stats().misses
-        for done, place in enumerate(order):
-            sample, shard_idx = int(numbers[place]), int(shards[place])
-            fetched[place] = self._fetch(sample, shard_idx)
-            if self.cache.stats().misses != misses:
+        shards = self.index.shard_of(numbers)
+        order = np.lexsort((numbers, shards))
+        numbers, shard_idxs = numbers[order], shards[order].tolist()
+        described = self.index.described(numbers)
+        asked = list(zip(numbers.tolist(), shard_idxs, described, strict=True))
+        fetched: list[Any] = [None] * len(asked)
+        stats = self.cache.stats()
+        misses = stats.misses
+        for done, place in enumerate(order.tolist()):
+            fetched[place] = self._fetch(*asked[done])
+            if stats.misses != misses:
                 # Something was not resident: the rest of the batch is asked for now, so that the waiting times overlap.
-                self._prefetch([(int(numbers[rest]), int(shards[rest])) for rest in order[done + 1 :]])
+                self._prefetch(numbers[done + 1 :], asked[done + 1 :])
                 misses = -1
         return [self._decoded(raw) for raw in fetched]
 
@@ -123,26 +126,25 @@ class ShardDataset(Dataset[Any]):
         self._shards = OpenShards(self.cache)
         self._units = Units(self._unpacked_bytes)
 
-    def _fetch(self, sample: int, shard_idx: int) -> RawSample:
+    def _fetch(self, sample: int, shard_idx: int, described: Described) -> RawSample:
         if self._values is not None:
-            return self._fetch_values(sample, shard_idx, self._values)
+            return self._fetch_values(sample, shard_idx, described, self._values)
         shard = self.index.shards[shard_idx]
         handle = self._shards.get(shard)
-        spans = [(start, handle.read(start, length)) for start, length in self.index.spans(sample)]
-        raw: RawSample = {"__key__": self.index.key(sample), "__url__": shard.url, "__index__": sample}
-        for extension, offset, length in self.index.members(sample):
-            raw[extension] = next(
-                data if len(data) == length else data[offset - start : offset - start + length]
-                for start, data in spans
-                if start <= offset and offset + length <= start + len(data)
-            )
+        spans = [(start, handle.read(start, length)) for start, length in described.spans]
+        raw: RawSample = {"__key__": described.key, "__url__": shard.url, "__index__": sample}
+        for extension, offset, length in described.members:
+            for start, data in spans:
+                if start <= offset and offset + length <= start + len(data):
+                    raw[extension] = data if len(data) == length else data[offset - start : offset - start + length]
+                    break
         if self.index.class_ids is not None:
             raw["cls"] = str(self.index.class_ids[sample]).encode()
         return raw
 
-    def _fetch_values(self, sample: int, shard_idx: int, values: ValueFormat) -> RawSample:
+    def _fetch_values(self, sample: int, shard_idx: int, described: Described, values: ValueFormat) -> RawSample:
         shard = self.index.shards[shard_idx]
-        extension, offset, length = self.index.members(sample)[0]
+        extension, offset, length = described.members[0]
         try:
             if values.is_unit(extension):
                 unit_idx = int(self.index.unit_of(np.array([sample]))[0])
@@ -158,23 +160,20 @@ class ShardDataset(Dataset[Any]):
             else:
                 columns = values.unpack(extension, self._shards.get(shard).read(offset, length))
         except ValueError as error:
-            key = self.index.key(sample)
             raise FormatError(
-                f"{shard.url}: sample {key}: {error} (byte {offset:,})",
+                f"{shard.url}: sample {described.key}: {error} (byte {offset:,})",
                 advice="write or upload this shard again",
                 url=shard.url,
                 offset=offset,
             ) from error
-        return {**columns, "__key__": self.index.key(sample), "__url__": shard.url, "__index__": sample}
+        return {**columns, "__key__": described.key, "__url__": shard.url, "__index__": sample}
 
-    def _prefetch(self, samples: list[tuple[int, int]]) -> None:
-        if self.index.unit_starts is not None:
-            numbers = np.array([sample for sample, _ in samples], dtype=np.int64)
-            firsts = np.unique(self.index.unit_of(numbers), return_index=True)[1].tolist()
-            samples = [samples[first] for first in firsts]
-        for sample, shard_idx in samples:
+    def _prefetch(self, numbers: Ints, asked: Sequence[tuple[int, int, Described]]) -> None:
+        """A unit is asked for once, however many of its samples are among these."""
+        for first in np.unique(self.index.unit_of(numbers), return_index=True)[1].tolist():
+            _, shard_idx, described = asked[first]
             handle = self._shards.get(self.index.shards[shard_idx])
-            for offset, length in self.index.spans(sample):
+            for offset, length in described.spans:
                 handle.prefetch(offset, length)
 
     def _decoded(self, raw: RawSample) -> Any:

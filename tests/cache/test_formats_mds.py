@@ -188,6 +188,7 @@ def test_an_index_with_anything_anywhere_is_a_format_error_or_a_data_set(data: s
     assert "mem://b/d/" in refused.message if refused else all(url in listed for url in entries)
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=100))
 def test_an_index_of_garbage_is_a_format_error(data: bytes) -> None:
     with pytest.raises(FormatError, match=r"mem://b/index\.json"):
@@ -255,6 +256,7 @@ def test_a_decompression_bomb_is_refused_before_it_fills_the_memory() -> None:
         decompress(b"\xff\xff\xff\xff\x0f" + bytes(10), "snappy", url="mem://b/bomb", max_bytes=1_000_000)
 
 
+@settings(deadline=None)
 @given(
     st.sampled_from(
         [

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,6 +57,17 @@ class Shard:
     url: str
     etag: str
     size_bytes: int
+
+
+class Described(NamedTuple):
+    """One sample."""
+
+    key: str
+    """Its name within its shard, as it is stored there; its number in the shard where it has none."""
+    spans: list[tuple[int, int]]
+    """(offset, length) of the pieces of the shard that hold it, or its unit."""
+    members: list[tuple[str, int, int]]
+    """(extension, offset, length) of each member, of it or its unit."""
 
 
 @dataclass(frozen=True)
@@ -123,27 +135,40 @@ class SampleIndex:
 
     def key(self, sample: int) -> str:
         """The name of a sample within its shard, as it is stored there."""
-        unit = int(self.unit_of(np.array([sample]))[0])
-        name = self.key_bytes[int(self.key_starts[unit]) : int(self.key_starts[unit + 1])]
-        if name and self.unit_size(unit) == 1:
-            return name.decode("utf-8", "surrogateescape")
-        shard_idx = int(self.shard_of(np.array([sample]))[0])
-        return str(sample - int(self.sample_starts[shard_idx]))
+        return self.described(np.array([sample], dtype=np.int64))[0].key
 
     def members(self, sample: int) -> list[tuple[str, int, int]]:
         """(extension, offset, length) of each member of a sample; of its unit, where it is stored in one."""
-        if self.unit_starts is not None:
-            sample = int(self.unit_of(np.array([sample]))[0])
-        first, end = int(self.member_starts[sample]), int(self.member_starts[sample + 1])
-        return [
-            (self.extensions[extension], offset, length)
-            for extension, offset, length in zip(
-                self.extension_ids[first:end].tolist(),
-                self.offsets[first:end].tolist(),
-                self.lengths[first:end].tolist(),
-                strict=True,
+        return self.described(np.array([sample], dtype=np.int64))[0].members
+
+    def described(self, samples: Ints) -> list[Described]:
+        """All there is to know of each of these samples, in their order. A look at numpy arrays costs the same for one sample as for a
+        batch, and more than reading a sample does: so a batch is looked up as one."""
+        units = self.unit_of(samples)
+        member_ends, members = _gather(self.member_starts, units)
+        names = [self.extensions[number] for number in self.extension_ids[members].tolist()]
+        each = list(zip(names, self.offsets[members].tolist(), self.lengths[members].tolist(), strict=True))
+        starts, offsets, lengths = self._spans
+        span_ends, spans = _gather(starts, units)
+        pieces = list(zip(offsets[spans].tolist(), lengths[spans].tolist(), strict=True))
+        shards = self.shard_of(samples)
+        in_shard = (samples - self.sample_starts[shards]).tolist()
+        keys = zip(self.key_starts[units].tolist(), self.key_starts[units + 1].tolist(), strict=True)
+        found = []
+        first_member = first_span = 0
+        for place, (key_start, key_end) in enumerate(keys):
+            # The name of a unit is none of its samples'.
+            is_named = key_end > key_start and (self.unit_starts is None or self.unit_size(int(units[place])) == 1)
+            name = self.key_bytes[key_start:key_end].decode("utf-8", "surrogateescape") if is_named else ""
+            found.append(
+                Described(
+                    name or str(in_shard[place]),
+                    pieces[first_span : span_ends[place]],
+                    each[first_member : member_ends[place]],
+                )
             )
-        ]
+            first_member, first_span = member_ends[place], span_ends[place]
+        return found
 
     @cached_property
     def _spans(self) -> tuple[Ints, Ints, Ints]:
@@ -162,11 +187,7 @@ class SampleIndex:
 
     def spans(self, sample: int) -> list[tuple[int, int]]:
         """(offset, length) of the pieces of the shard that hold a sample."""
-        if self.unit_starts is not None:
-            sample = int(self.unit_of(np.array([sample]))[0])
-        starts, offsets, lengths = self._spans
-        first, end = int(starts[sample]), int(starts[sample + 1])
-        return list(zip(offsets[first:end].tolist(), lengths[first:end].tolist(), strict=True))
+        return self.described(np.array([sample], dtype=np.int64))[0].spans
 
     def visits(self, samples: Ints) -> tuple[list[tuple[str, int, int]], Ints]:
         """The future in the words of the cache: (url, offset, length) of every span of these samples, in their order,
@@ -195,6 +216,13 @@ def pack_keys(keys: Sequence[bytes]) -> tuple[Ints, bytes]:
     ([1, 2], b'abc')
     """
     return np.fromiter((len(key) for key in keys), dtype=np.int64, count=len(keys)), b"".join(keys)
+
+
+def _gather(starts: Ints, rows: Ints) -> tuple[list[int], Ints]:
+    """The elements of these rows, where row i has [starts[i], starts[i + 1]): where each row ends among them, and their numbers."""
+    counts = starts[rows + 1] - starts[rows]
+    ends = np.cumsum(counts)
+    return ends.tolist(), np.repeat(starts[rows] - (ends - counts), counts) + np.arange(int(counts.sum()))
 
 
 MAX_SKIPPED_KEPT = 1000

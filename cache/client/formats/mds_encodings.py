@@ -205,6 +205,8 @@ def _raw_image(data: bytes) -> Any:
         raise ValueError("an image that is cut short") from error
     if mode_len > 16:
         raise ValueError(f"an image whose mode has a name of {mode_len} bytes")
+    if width * height > 8 * len(data):  # a pixel takes a bit at least; Pillow would make room for them first
+        raise ValueError(f"an image of {width} x {height} in {len(data)} bytes")
     try:
         return Image.frombytes(data[12 : 12 + mode_len].decode(), (width, height), data[12 + mode_len :])
     except (KeyError, MemoryError, OverflowError) as error:
