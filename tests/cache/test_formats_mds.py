@@ -27,9 +27,12 @@ from cache.client.formats.index import Shard, join
 from cache.client.formats.mds import Entry, MdsFormat
 from cache.client.formats.mds_encodings import decoder_for
 from cache.client.indexing import build_index
+from cache.client.loader import ElasticLoader
+from cache.client.sampler import ElasticBatchSampler
 from cache.errors import FormatError, ObjectNotFound
 from cache.origin.ports import ObjectInfo
 from tests.cache.stored import Stored
+from tests.daemon import CacheDaemon
 from tests.fixtures.mds.write import FEW, IMAGES, NUM_SAMPLES, pixels, values
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "mds"
@@ -131,6 +134,23 @@ def test_the_published_index_is_read_instead_of_the_shards(cache: Cache, tmp_pat
     after = ShardDataset(cache, f"file://{root}", MdsFormat())
     assert after.shard_sizes == before.shard_sizes
     assert [s["i"] for s in after.__getitems__([5, 0])] == [-5, 0]
+
+
+@pytest.mark.parametrize("name", ["plain", "zstd"])
+def test_an_epoch_with_workers_through_the_daemon_has_every_sample_once(name: str) -> None:
+    with CacheDaemon() as daemon:
+        cache = Cache(daemon.socket)
+        dataset = ShardDataset(cache, f"file://{FIXTURES}/{name}", MdsFormat(), decode=number_of)
+        sampler = ElasticBatchSampler(dataset, 2, shuffle="windowed:1")
+        loader = ElasticLoader(dataset, sampler, num_workers=2, multiprocessing_context="fork", collate_fn=list)
+        assert sorted(number for batch in loader for number in batch) == list(range(NUM_SAMPLES))
+        loader.close()
+        assert daemon.status()["readers"].get("direct_bytes", 0) == 0
+        cache.close()
+
+
+def number_of(raw: dict[str, Any]) -> int:
+    return -int(raw["i"])
 
 
 def test_what_the_index_names_and_the_store_lacks_is_an_error_that_names_it(cache: Cache, tmp_path: Path) -> None:
