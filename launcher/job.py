@@ -24,12 +24,13 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import IO, Any
 
 from launcher import cli
 from launcher.errors import EXIT_SIGNAL_BASE, JobFailed, LauncherError, SpecError
+from launcher.options.carry import carried_environment
 from launcher.options.intent import Intent, understand
 from launcher.options.parse import parse
 from launcher.report import find
@@ -281,7 +282,7 @@ def _understood(order: Order, address: str | None) -> tuple[list[str], Intent]:
     if isinstance(order, JobSpec):
         cli.check_program(order.program)
         program = order.program
-        return ["launcher.run", program.target, *program.args], Intent(order, None, address, ())
+        return ["launcher.run", program.target, *program.args], Intent(_made_whole(order, address), None, address, ())
     if address is not None:
         raise SpecError("address is for a JobSpec", advice=f"write --address {address} among the words")
     words = shlex.split(order) if isinstance(order, str) else [str(word) for word in order]
@@ -291,6 +292,13 @@ def _understood(order: Order, address: str | None) -> tuple[list[str], Intent]:
     intent = understand(line, os.environ, os.getcwd(), os.urandom(8).hex())
     cli.check_program(intent.spec.program)
     return ["launcher", *words], intent
+
+
+def _made_whole(spec: JobSpec, address: str | None) -> JobSpec:
+    """What the command line adds to a job: where it is, a name of its own, and on a cluster the variables that go along."""
+    env = {**carried_environment(os.environ, ()), **spec.env} if address is not None else spec.env
+    run_id = os.urandom(8).hex() if spec.run_id == JobSpec.run_id else spec.run_id
+    return replace(spec, cwd=os.path.abspath(spec.cwd), env=env, run_id=run_id)
 
 
 def _failures(run: RunRecord) -> tuple[FailureFacts, ...]:

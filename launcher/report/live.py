@@ -13,7 +13,7 @@ from launcher.journal import Entry
 from launcher.messages import duration
 from launcher.report.pace import WINDOW_S, Pace, pace_of
 from launcher.report.record import Point, RunRecord
-from launcher.report.text import about, counted, pace_parts, pace_words
+from launcher.report.words import about, counted, pace_parts, pace_words
 
 SAY_EVERY_S = 300.0
 _FIRST_SAYING_S = 10.0

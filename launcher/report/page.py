@@ -11,7 +11,8 @@ from launcher.report.pace import pace, whole_pace
 from launcher.report.plot import Band, lines, timeline
 from launcher.report.record import Attempt, RunRecord
 from launcher.report.state import State
-from launcher.report.text import MEANINGS, NAMES, UNSEEN, clock, counted, how_ended, pace_words, percent
+from launcher.report.text import MEANINGS, NAMES, UNSEEN, how_ended
+from launcher.report.words import clock, counted, pace_words, percent
 
 _MAX_TRACEBACKS = 20
 # Okabe and Ito's colours: apart for every kind of sight.

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from launcher.report.text import about
+from launcher.report.words import about
 
 WIDTH, LEFT, RIGHT = 960, 64, 16
 _MIN_S, _HOUR_S, _DAY_S = 60.0, 3600.0, 86400.0

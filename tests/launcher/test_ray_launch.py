@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+import launcher
+from launcher.spec import RestartBudget
 from tests.raycluster import RayUnderTest, kill_node, ray_environment
 
 pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("ray"), pytest.mark.timeout(300)]
@@ -320,12 +322,22 @@ for step in range(200):
 """
 
 
-def test_a_run_on_ray_is_accounted_for_like_one_on_this_machine(ray_cluster: RayUnderTest, tmp_path: Path) -> None:
-    """Steps are counted on other nodes and noted by the launcher."""
-    code, _, err = run(ray_cluster, tmp_path, "--nnodes=2", "--max-restarts=1", script(tmp_path, STEPS))
-    assert code == 0, err
-    report = [sys.executable, "-m", "launcher", "report", "--json"]
-    data = json.loads(subprocess.run(report, cwd=tmp_path, capture_output=True, check=True).stdout)
+def test_a_run_on_ray_is_accounted_for_like_one_on_this_machine(
+    ray_cluster: RayUnderTest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From Python, with steps that are counted on other nodes and noted by the launcher."""
+    monkeypatch.chdir(tmp_path)
+    clean = ray_environment()
+    for name in {*os.environ} - {*clean}:
+        monkeypatch.delenv(name)
+    for name, value in clean.items():
+        monkeypatch.setenv(name, value)
+    program = launcher.Program(launcher.ProgramKind.SCRIPT, script(tmp_path, STEPS))
+    spec = launcher.JobSpec(program, 2, 2, restarts=RestartBudget(1), exclude_file="none")
+    with launcher.Job(spec, address=ray_cluster.address, show=False) as job:
+        result = job.wait(timeout_s=DEADLINE_S * 2)
+        data = job.report()
+    assert result.is_success and data is not None, result
     assert (data["state"], data["num_restarts"], data["attempts"][1]["steps"]) == ("done", 1, 200)
     assert data["attempts"][0]["failure"]["exception"] == "ValueError"
     assert abs(sum(data["goodput"]["shares"].values()) - 1) < 0.01
