@@ -16,6 +16,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import logging
 import os
 import re
 from dataclasses import asdict, dataclass
@@ -24,6 +25,8 @@ from pathlib import Path
 from cache.blocks import ExtentId
 from cache.errors import CacheConfigError
 from cache.store.format import FORMAT_VERSION
+
+log = logging.getLogger("railhead.cache")
 
 _EXTENT_NAME = re.compile(r"([0-9a-f]{32})\.(0|[1-9]\d{0,8})\.([1-9]\d{0,17})")
 
@@ -166,8 +169,41 @@ def _check_format(path: Path) -> None:
         raise CacheConfigError(
             f"{marker} cannot be read: {error}", advice="remove the cache directory; what it held is fetched again"
         ) from error
-    if version != FORMAT_VERSION:
+    if not isinstance(version, int) or version > FORMAT_VERSION:
         raise CacheConfigError(
             f"{path} holds a cache of format {version}; this daemon writes format {FORMAT_VERSION}",
-            advice="give --dir another directory, or remove this one; what it held is fetched again",
+            advice="run the version that made it, give --dir another directory, or remove this one; what it held is fetched again",
         )
+    if version < FORMAT_VERSION:
+        _drop_older(path, version)
+        _write_marker(marker)
+
+
+def _drop_older(path: Path, version: int) -> None:
+    """Removes what an older version of the cache left: nobody can read it any more, and it can be fetched again. Nothing that is not ours
+    goes. Interrupted, it is gone on with at the next start, for the marker is written last. Raises CacheConfigError."""
+    count = size = 0
+    try:
+        for folder in os.scandir(path / "extents"):
+            if not folder.is_dir(follow_symlinks=False):
+                continue
+            for file in os.scandir(folder.path):
+                name = file.name.removesuffix(".tmp")
+                if name[:2] == folder.name and split_extent_name(name) and file.is_file(follow_symlinks=False):
+                    count, size = count + 1, size + file.stat(follow_symlinks=False).st_size
+                    os.unlink(file.path)
+        for suffix in ("", "-wal", "-shm"):
+            (path / f"index.db{suffix}").unlink(missing_ok=True)
+    except OSError as error:
+        raise CacheConfigError(
+            f"{path} holds a cache of format {version}, which cannot be removed: {error.strerror}",
+            advice=f"this daemon writes format {FORMAT_VERSION}: give --dir another directory, or remove this one",
+        ) from error
+    log.warning(
+        "%s held a cache of format %d; this version writes format %d: its %d files (%d MiB) were removed, to be fetched again",
+        path,
+        version,
+        FORMAT_VERSION,
+        count,
+        size >> 20,
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import random
+import tracemalloc
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -146,3 +147,21 @@ def test_a_smaller_capacity_evicts_the_oldest_first(tmp_path: Path) -> None:
     removed = [a.generation for a in node.actions if isinstance(a, m.RemoveExtent)]
     assert removed and sorted(removed) == list(range(1, len(removed) + 1))
     node.close()
+
+
+def test_an_extent_takes_no_more_memory_than_is_stated() -> None:
+    """docs/cache.md: 2 KiB each; with a terabyte in 16,000 extents that is 32 MiB of the control process, and payload is none."""
+    machine = Residency(Budget(1 << 50, 1 << 30), rng=random.Random(0), num_words=1 << 26)
+    count, size = 2000, EXTENT_BYTES
+    tracemalloc.start()
+    try:
+        found = [
+            m.ExtentFound(ObjectId(f"s3://bucket/train/shard-{n:06d}.tar", '"1"', size), 0, n + 1, size, None)
+            for n in range(count)
+        ]
+        machine.step(m.StockTaken(count * size, count, count), 0.0)
+        machine.step(m.StockFound(tuple(found)), 0.0)
+        taken, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert machine.num_extents == count and taken / count < 2048, f"{taken / count:.0f} bytes each"

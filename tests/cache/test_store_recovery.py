@@ -15,7 +15,7 @@ from cache.blocks import BLOCK_BYTES, EXTENT_BYTES, ExtentId, ObjectId, extent_s
 from cache.errors import CacheConfigError, CapacityError
 from cache.store.directory import CacheDirectory, ServingDaemon, serving_daemon
 from cache.store.files import create_extent, read_header, remove_extent, sound_blocks, write_blocks
-from cache.store.format import HEADER_BYTES, ExtentHeader
+from cache.store.format import FORMAT_VERSION, HEADER_BYTES, ExtentHeader
 from cache.store.index import Index, IndexRow
 from cache.store.recovery import fits, forget, identify, settle, take_stock
 
@@ -232,12 +232,38 @@ def test_one_daemon_at_a_time_has_the_directory(directory: CacheDirectory) -> No
 
 
 @pytest.mark.parametrize("marker", ['{"format": 99}', "nonsense", "[]", "{}"])
-def test_a_directory_of_another_format_is_left_alone(tmp_path: Path, marker: str) -> None:
+def test_a_directory_of_a_newer_or_unknown_format_is_left_alone(tmp_path: Path, marker: str) -> None:
     (tmp_path / "railhead-cache.json").write_text(marker)
     for _ in range(2):
         with pytest.raises(CacheConfigError, match="remove"):
             CacheDirectory.open(tmp_path)
     assert (tmp_path / "railhead-cache.json").read_text() == marker
+
+
+def test_what_an_older_version_left_is_removed_and_nothing_else(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An upgrade must not leave a node's daemon refusing to start until somebody removes a directory; nor take what is not ours."""
+    opened = CacheDirectory.open(tmp_path)
+    assert isinstance(opened, CacheDirectory)
+    old = opened.extent_path(make(opened, SMALL, 0, 1).extent, 1)
+    foreign = [tmp_path / "holiday.jpg", old.parent / "notes", tmp_path / "indexes" / ("0" * 32 + ".idx")]
+    for path in foreign:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
+    (tmp_path / "index.db").write_text("an old index")
+    opened.close()
+    (tmp_path / "railhead-cache.json").write_text('{"format": 1}')
+    again = CacheDirectory.open(tmp_path)
+    assert isinstance(again, CacheDirectory)
+    assert (
+        not old.exists()
+        and not (tmp_path / "index.db").exists()
+        and all(path.read_text() == "mine" for path in foreign)
+    )
+    assert "1 files" in caplog.text and "fetched again" in caplog.text
+    assert json.loads((tmp_path / "railhead-cache.json").read_text()) == {"format": FORMAT_VERSION}
+    again.close()
 
 
 def test_what_is_no_directory_is_a_configuration_error(tmp_path: Path) -> None:
