@@ -219,7 +219,11 @@ class Chaos:
         left = chaos_audit.files_left(self.directory / "tmp")
         if left:
             raise Finding(f"left in the directory for temporary files: {left[:5]}")
-        self._wait(lambda: not self._held_in_ray(), "resources of Ray are still held", LEFT_PATIENCE_S)
+        deadline_s = time.monotonic() + LEFT_PATIENCE_S
+        while held := self._held_in_ray():
+            if time.monotonic() > deadline_s:
+                raise Finding(f"Ray still holds for the job: {held}")
+            time.sleep(1.0)
         steps = max(attempt.steps_done() for attempt in attempts)
         self.num_attempts += len(attempts)
         self.num_steps += steps
@@ -236,13 +240,15 @@ _HELD = """
 import logging, sys, ray
 ray.init(sys.argv[1], log_to_driver=False, logging_level=logging.ERROR)
 from ray.util import placement_group_table
+from ray._private.state import actors as actor_table
 from ray._private.state import state
 groups = [group["state"] for group in placement_group_table().values() if group["state"] != "REMOVED"]
 alive = {node["NodeID"]: node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]}
 free = state.available_resources_per_node()
 held = [node_id for node_id, cpus in alive.items() if node_id in free and free[node_id].get("CPU", 0) < cpus]
+actors = [actor for actor in actor_table().values() if actor["State"] != "DEAD"] if held else []
 if groups or held:
-    print(groups, held)
+    print(groups, [(node_id, free[node_id], alive[node_id]) for node_id in held], actors)
 """
 
 
@@ -457,6 +463,7 @@ def main() -> int:
     words = [f"--rounds {args.rounds}", f"--seed {seed}", *([f"--kinds {args.kinds}"] if args.kinds else [])]
     command = f"python -m benchmarks.chaos {' '.join(words)}"
     say(f"to repeat: {command}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the cluster is ended
     before, began_s = os.getloadavg()[0], time.monotonic()
     with chaos_on_a_cluster(seed, kinds) as chaos:
         try:

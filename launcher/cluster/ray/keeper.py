@@ -11,7 +11,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -155,7 +155,13 @@ class Keeper:
                 self._said.add(text)
                 self._on_trouble(text)
             return
-        self._take(agent)
+        # Ray may have moved the bundle meanwhile, from a node that it has just found dead or draining: where an agent is, it says itself.
+        where = survey.live_nodes().get(agent.hello.node_id)
+        if where is None or (where.node_id != trial.node.node_id and where.node_id in self._wanted().held):
+            self.leave_alone(trial.node.node_id)
+            _end(trial.actor)
+            return
+        self._take(replace(agent, node=where))
 
 
 def free_nodes(
