@@ -51,7 +51,10 @@ def _row(flag: str, text: str) -> str:
 
 
 _LOOKUPS = {
-    "status": ("NAME", "Says where a job stands."),
+    "status": (
+        "NAME",
+        "Says where a job stands. (Of a run on this machine or on Ray: python -m launcher status --help.)",
+    ),
     "logs": (
         "NAME",
         "Follows a job: what it waits for, rank 0's output, and its exit code. Ctrl-C leaves the job alone.",

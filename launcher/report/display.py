@@ -46,8 +46,10 @@ class Onlookers:
 class Display:
     """Called from the controller's thread only."""
 
-    def __init__(self, wish: ProgressDisplay, screen: Screen, environ: Mapping[str, str], stderr_fd: int = 2) -> None:
-        self._how = choose(wish, os.isatty(stderr_fd), environ)
+    def __init__(
+        self, wish: ProgressDisplay, screen: Screen, environ: Mapping[str, str], stdout_fd: int = 1, stderr_fd: int = 2
+    ) -> None:
+        self._how = choose(wish, os.isatty(stdout_fd), os.isatty(stderr_fd), environ)
         self._screen = screen
         self._view = LiveView()
 
@@ -70,17 +72,21 @@ class Display:
             self._screen.say(sentence)
 
 
-def choose(wish: ProgressDisplay, is_terminal: bool, environ: Mapping[str, str]) -> ProgressDisplay:
-    """A line that is painted over needs a terminal that can; whoever insists gets it wherever there is one.
+def choose(wish: ProgressDisplay, is_out: bool, is_err: bool, environ: Mapping[str, str]) -> ProgressDisplay:
+    """A line that is painted over needs a terminal that can, on standard error. By itself it also wants standard output there: what goes
+    through a pipe (`| tee log`) comes back to the same terminal behind our back, and would be printed over the line.
 
-    >>> choose(ProgressDisplay.AUTO, True, {"TERM": "xterm"}).value, choose(ProgressDisplay.AUTO, False, {}).value
-    ('live', 'plain')
-    >>> choose(ProgressDisplay.AUTO, True, {"TERM": "dumb"}).value, choose(ProgressDisplay.LIVE, False, {}).value
-    ('plain', 'plain')
+    >>> auto, live, xterm = ProgressDisplay.AUTO, ProgressDisplay.LIVE, {"TERM": "xterm"}
+    >>> [choose(auto, out, err, xterm).value for out, err in ((True, True), (False, True), (True, False))]
+    ['live', 'plain', 'plain']
+    >>> choose(auto, True, True, {"TERM": "dumb"}).value, choose(live, False, True, {}).value, choose(live, True, False, {}).value
+    ('plain', 'live', 'plain')
     """
-    if wish in (ProgressDisplay.OFF, ProgressDisplay.PLAIN):
+    if wish is ProgressDisplay.LIVE:
+        return ProgressDisplay.LIVE if is_err else ProgressDisplay.PLAIN
+    if wish is not ProgressDisplay.AUTO:
         return wish
-    can = is_terminal and (wish is ProgressDisplay.LIVE or environ.get("TERM", "dumb") not in ("", "dumb"))
+    can = is_out and is_err and environ.get("TERM", "dumb") not in ("", "dumb")
     return ProgressDisplay.LIVE if can else ProgressDisplay.PLAIN
 
 

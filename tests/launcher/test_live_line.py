@@ -16,7 +16,7 @@ from launcher.console import Console, _Paper
 from launcher.gang.events import LogChunk
 from launcher.gang.tally import GangProgress
 from launcher.journal import Entry
-from launcher.report.display import Display
+from launcher.report.display import Display, choose
 from launcher.report.live import LiveView
 from launcher.spec import ProgressDisplay, Stream
 from tests.launcher.launched import wait_until
@@ -194,6 +194,14 @@ def test_a_job_on_a_terminal_has_a_line_while_it_runs_and_leaves_none(tmp_path: 
     assert [row for row in terminal.everything() if "rank0" in row] == ["[rank0] training", "[rank0] trained"]
 
 
+def test_output_that_goes_through_a_pipe_gets_sentences() -> None:
+    """`| tee log` shows it on the same terminal, over any line of ours."""
+    xterm = {"TERM": "xterm"}
+    assert choose(ProgressDisplay.AUTO, False, True, xterm) is ProgressDisplay.PLAIN
+    assert choose(ProgressDisplay.AUTO, True, True, xterm) is ProgressDisplay.LIVE
+    assert choose(ProgressDisplay.AUTO, True, True, {"TERM": "dumb"}) is ProgressDisplay.PLAIN
+
+
 def test_a_line_that_is_not_wanted_is_not_shown_and_where_there_is_no_terminal_there_are_sentences() -> None:
     said: list[object] = []
 
@@ -207,7 +215,7 @@ def test_a_line_that_is_not_wanted_is_not_shown_and_where_there_is_no_terminal_t
     expected = {ProgressDisplay.OFF: [], ProgressDisplay.AUTO: ["step 12 · 8.0 samples/s · data wait 0 %"]}
     with open(os.devnull, "wb") as nowhere:
         for wish, words in expected.items():
-            display = Display(wish, Screen(), {"TERM": "xterm"}, nowhere.fileno())
+            display = Display(wish, Screen(), {"TERM": "xterm"}, nowhere.fileno(), nowhere.fileno())
             for entry in Story().begin().attempt(1, 0).entries:
                 display.entry(entry)
             for steps in (1, 12):
