@@ -87,6 +87,8 @@ class Catalogue:
             task = cached[1]
         else:
             task = asyncio.create_task(self._head_origin(url))
+            # Who asked may have gone before it fails: then nobody is left to be told, and that is no error of ours.
+            task.add_done_callback(lambda done: done.cancelled() or done.exception())
             self._heads[url] = (now, task)
         try:
             # Shielded: one reader that goes away must not take the answer from the others.

@@ -267,7 +267,10 @@ class Session:
     async def _in_turn(self, op: str, request: dict[str, Any]) -> None:
         """What is said of a stream must not overtake the announcement before it, which may still be looking up its objects."""
         async with self._in_order:
-            _TOLD[op](self, request)
+            try:
+                _TOLD[op](self, request)
+            except (KeyError, TypeError, ValueError) as error:
+                log.warning("%s was ignored: %s: %s", op, type(error).__name__, error)
 
     def _advance(self, request: dict[str, Any]) -> None:
         stream_id = self._clients.stream_id(self._client_id, str(request["stream"]))

@@ -16,7 +16,7 @@ MAY_READ_THE_CLOCK = {
     "origin/s3fs_origin.py": "expiry of credentials, which is a date",
     "origin/obstore_origin.py": "If-Unmodified-Since",
     "cli.py": "the time of a line in the log",
-    "client/records.py": "when a record was begun, for people",
+    "client/records.py": "the name of one start of a job, which its ranks agree on",
 }
 
 
