@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.abc
 import importlib.machinery
 import importlib.util
 import os
@@ -17,16 +18,37 @@ from torch.utils.data import DataLoader
 from benchmarks import epoch_data
 from benchmarks.peers import Task, stack
 
-if importlib.util.find_spec("torchvision") is None:
-    # It imports torchvision for data sets that are not used here; where that is missing, empty modules will do.
-    for _name in ("torchvision", "torchvision.datasets", "torchvision.transforms", "torchvision.transforms.functional"):
-        _module = types.ModuleType(_name)
-        _module.__spec__ = importlib.machinery.ModuleSpec(_name, None)
-        sys.modules[_name] = _module
-    sys.modules["torchvision.datasets"].VisionDataset = object  # type: ignore[attr-defined]
-    sys.modules["torchvision.transforms.functional"].to_tensor = None  # type: ignore[attr-defined]
 
-import streaming
+class _Empty(types.ModuleType):
+    """A package whose every name is an empty class."""
+
+    __path__: list[str] = []  # noqa: RUF012
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return type(name, (), {})
+
+
+class _Missing(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """It imports torchvision and transformers for data sets that are not used here; where they are missing, empty modules will do."""
+
+    _names = tuple(name for name in ("torchvision", "transformers") if importlib.util.find_spec(name) is None)
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        is_ours = fullname.partition(".")[0] in self._names
+        return importlib.machinery.ModuleSpec(fullname, self, is_package=True) if is_ours else None
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
+        return _Empty(spec.name)
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        pass
+
+
+sys.meta_path.append(_Missing())
+
+import streaming  # noqa: E402
 
 _NAME = "mds"
 
