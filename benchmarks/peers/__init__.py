@@ -18,6 +18,7 @@ NAMES = (
     "local_files",
     "local_mmap",
     "railhead",
+    "railhead_views",
     "railhead_unindexed",
     "railhead_windowed",
     "s3fs",

@@ -26,8 +26,12 @@ def collate(samples: Sequence[bytes]) -> torch.Tensor:
 
 
 class RailheadLoader:
-    def __init__(self, task: Task, *, shard_format: TarFormat | None = None, shuffle: str = "full") -> None:
-        dataset = ShardDataset(Cache(), f"{task.dataset.url}/tar", shard_format or TarFormat(), decode=payload)
+    def __init__(
+        self, task: Task, *, shard_format: TarFormat | None = None, shuffle: str = "full", zero_copy: bool = False
+    ) -> None:
+        dataset = ShardDataset(
+            Cache(), f"{task.dataset.url}/tar", shard_format or TarFormat(), decode=payload, zero_copy=zero_copy
+        )
         self._sampler = ElasticBatchSampler(dataset, task.batch_size, seed=task.seed, shuffle=shuffle)
         self._loader = ElasticLoader(
             dataset,

@@ -44,8 +44,10 @@ class ShardDataset(Dataset[Any]):
     `urls`: a prefix, an object, or several. `shard_format`: TarFormat(), MdsFormat(), ParquetFormat(), RawFormat(),
     TokenFormat(seq_len). `decode`: what is stored to what the model eats; without one, samples are dictionaries. It must be
     picklable for spawned workers. `unpacked_bytes`: room in each process's memory for what can only be unpacked together (row
-    groups of Parquet, compressed MDS shards). Building one reads the headers of all shards. Raises FormatError, ObjectNotFound
-    and the origin's errors.
+    groups of Parquet, compressed MDS shards). `zero_copy`: members are read-only memoryviews of the cache's files, not bytes: faster
+    for large members; `decode` must not keep them (their files stay on the disk), and a disk that fails under them ends the process
+    (SIGBUS, as with any memory map). Building one reads the headers of all shards. Raises FormatError, ObjectNotFound and the
+    origin's errors.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class ShardDataset(Dataset[Any]):
         decode: Decode | None = None,
         *,
         unpacked_bytes: int = DEFAULT_MAX_BYTES,
+        zero_copy: bool = False,
     ) -> None:
         report = build_index(cache, urls, shard_format)
         self.cache = cache
@@ -64,6 +67,7 @@ class ShardDataset(Dataset[Any]):
         self.resident_bytes_at_open = report.resident_bytes
         self._values: ValueFormat | None = shard_format if isinstance(shard_format, ValueFormat) else None
         self._unpacked_bytes = unpacked_bytes
+        self._zero_copy = zero_copy
         self._begin()
 
     def __len__(self) -> int:
@@ -131,7 +135,8 @@ class ShardDataset(Dataset[Any]):
             return self._fetch_values(sample, shard_idx, described, self._values)
         shard = self.index.shards[shard_idx]
         handle = self._shards.get(shard)
-        spans = [(start, handle.read(start, length)) for start, length in described.spans]
+        read = handle.view if self._zero_copy else handle.read
+        spans = [(start, read(start, length)) for start, length in described.spans]
         raw: RawSample = {"__key__": described.key, "__url__": shard.url, "__index__": sample}
         for extension, offset, length in described.members:
             for start, data in spans:

@@ -27,36 +27,49 @@ HEARTBEAT_WATCH_S = 5.0
 """A daemon whose heart (two beats a second) stands still for this long is taken for dead."""
 
 
+class _Hold:
+    """While it lives, the daemon is told nothing: this process may still touch the file's bytes."""
+
+    __slots__ = ("_name", "_released")
+
+    def __init__(self, released: deque[tuple[str, int, int]], name: tuple[str, int, int]) -> None:
+        self._released, self._name = released, name
+
+    def __del__(self) -> None:
+        self._released.append(self._name)
+
+
 class OpenExtent:
     """An extent file that the daemon handed over. Its descriptor closes when nobody refers to it any more, never before: a thread that
     is about to read cannot have it closed, and its number reused, under its hands."""
 
-    __slots__ = ("__weakref__", "_link", "_map", "fd", "generation", "key")
+    __slots__ = ("__weakref__", "_hold", "_map", "fd", "generation", "key")
 
     def __init__(self, link: Link, key: tuple[str, int], generation: int, fd: int) -> None:
         self.fd = fd
         self.generation = generation
         self.key = key
-        self._link = link
-        self._map: weakref.ref[_ExtentMap] | None = None
+        self._hold = _Hold(link.released, (*key, generation))
+        self._map: _ExtentMap | None = None
 
     def memory_map(self) -> mmap.mmap:
-        """The whole file, read-only. The map keeps this extent alive, and with it the daemon's knowledge that its bytes are held."""
-        existing = self._map() if self._map is not None else None
+        """The whole file, read-only. It stays for as long as this extent is open, so that its pages are faulted in once; views of it
+        outlive the extent, and the daemon counts the file's bytes until the last of them is gone."""
+        existing = self._map
         if existing is None:
             existing = _ExtentMap(self.fd, 0, prot=mmap.PROT_READ)
-            existing.extent = self
-            self._map = weakref.ref(existing)
+            # Not the extent itself: a map and an extent that held each other would both stay until the garbage collector comes by.
+            existing.hold = self._hold
+            self._map = existing
         return existing
 
     def __del__(self) -> None:
         with contextlib.suppress(OSError):
             os.close(self.fd)
-        self._link.released.append((*self.key, self.generation))
 
 
 class _ExtentMap(mmap.mmap):
-    extent: OpenExtent
+    hold: _Hold
 
 
 class Link:

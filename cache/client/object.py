@@ -86,12 +86,24 @@ class CachedObject:
         The view keeps its file on the disk: hold few of them for long. After a disk error touching it raises SIGBUS, as with any
         memory map; `read` raises an exception instead.
         """
+        mapping = self._mapping
+        end = offset + length
+        start = HEADER_BYTES + offset % EXTENT_BYTES
+        is_within_one = 0 <= offset < end <= self.size and offset // EXTENT_BYTES == (end - 1) // EXTENT_BYTES
+        if mapping is not None and is_within_one:
+            extent = mapping.resident(offset, end)
+            if extent is not None:
+                view = memoryview(extent.memory_map())[start : start + length]
+                self._count_hit(mapping, offset, length)
+                return view
         length = self._clip(offset, length)
         end = offset + length
         if length and offset // EXTENT_BYTES == (end - 1) // EXTENT_BYTES:
-            extent, _ = self._wait(offset, end)
+            extent, cause = self._wait(offset, end)
             if extent is not None:
-                start = HEADER_BYTES + offset % EXTENT_BYTES
+                if cause != "hit":
+                    self._door.stats.misses += 1
+                    self._door.stats.miss_bytes += length
                 return memoryview(extent.memory_map())[start : start + length]
         return memoryview(self.read(offset, length))
 

@@ -12,8 +12,8 @@ import torch
 
 from cache.blocks import FETCH_BYTES
 from cache.client import Cache
-from cache.client.datasets import TokenDataset
-from cache.client.formats.tokens import HEADER_BYTES, pack_tokens
+from cache.client.datasets import ShardDataset, TokenDataset
+from cache.client.formats.tokens import HEADER_BYTES, TokenFormat, pack_tokens
 from cache.client.loader import ElasticLoader
 from cache.client.sampler import ElasticBatchSampler
 from tests.daemon import CacheDaemon
@@ -81,6 +81,28 @@ def test_every_kind_of_worker_reads_through_the_daemon(
     assert status["counters"]["fetched_bytes"] == NUM_BLOCKS * FETCH_BYTES
     assert status["readers"].get("direct_bytes", 0) == 0
     cache.close()
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_views_of_the_caches_files_are_the_same_bytes(
+    daemon: CacheDaemon, tokens: tuple[str, torch.Tensor], num_workers: int
+) -> None:
+    """Two epochs: cold, where most reads wait, and warm, where every read is a slice of a memory map."""
+    url, values = tokens
+    cache = Cache(daemon.socket)
+    dataset = ShardDataset(cache, url, TokenFormat(SEQ_LEN), viewed, zero_copy=True)
+    options: dict[str, Any] = {"multiprocessing_context": "fork"} if num_workers else {}
+    loader = ElasticLoader(dataset, ElasticBatchSampler(dataset, BATCH, seed=1), num_workers=num_workers, **options)
+    for _ in range(2):
+        seen = [number for batch in loader for number in check(batch, values)]
+        assert len(set(seen)) == len(seen) == len(loader) * BATCH
+    loader.close()
+    cache.close()
+
+
+def viewed(raw: dict[str, Any]) -> tuple[int, torch.Tensor]:
+    assert isinstance(raw["uint16"], memoryview) and raw["uint16"].readonly
+    return numbered(raw)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
