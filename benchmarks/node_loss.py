@@ -306,12 +306,11 @@ def main() -> int:
                 told = "did not come back" if took_s is None else f"{took_s:.2f} s"
                 print(f"round {number}: {case.name}: {way}: {told}", flush=True)
                 found[case.name, way].append(took_s)
-    command = shlex.join(["python", "-m", "benchmarks.node_loss", *sys.argv[1:]])
-    text = render(found, command, f"{before:.1f}, {os.getloadavg()[0]:.1f}")
+            command = shlex.join(["python", "-m", "benchmarks.node_loss", *sys.argv[1:]])
+            text = render(found, command, f"{before:.1f}, {os.getloadavg()[0]:.1f}")
+            if not args.dry:
+                RESULT.write_text(text)  # after each round: whoever ends us has what was measured
     print(text)
-    if not args.dry:
-        RESULT.write_text(text)
-        print(f"written to {RESULT}")
     return 0
 
 

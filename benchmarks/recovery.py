@@ -247,12 +247,11 @@ def main() -> None:
                 told = "did not come back" if took_s is None else f"{took_s:.2f} s"
                 print(f"round {number}: {way.name}: {told}", flush=True)
                 found[way.name].append(took_s)
-    command = shlex.join(["python", "-m", "benchmarks.recovery", *sys.argv[1:]])
-    text = render(chosen, found, command, f"{before:.1f}, {os.getloadavg()[0]:.1f}", args.warm)
+            command = shlex.join(["python", "-m", "benchmarks.recovery", *sys.argv[1:]])
+            text = render(chosen, found, command, f"{before:.1f}, {os.getloadavg()[0]:.1f}", args.warm)
+            if not args.quick:
+                args.result.write_text(text)  # after each round: whoever ends us has what was measured
     print(text)
-    if not args.quick:
-        args.result.write_text(text)
-        print(f"written to {args.result}")
 
 
 if __name__ == "__main__":
