@@ -15,7 +15,9 @@ from launcher.gang.events import (
     Announce,
     Fact,
     Failure,
+    LetGo,
     NodeDraining,
+    NodeFailed,
     NodeJoined,
     NodeLost,
     RankExited,
@@ -113,6 +115,19 @@ def note_failure(history: History, failures: Sequence[Failure], root: Failure, n
     got_on = policy.made_progress(lived_s, root, steps, history.steps_before, has_stepped=has_stepped)
     num_stuck = 0 if got_on else history.num_stuck + 1
     return replace(history, num_stuck=num_stuck, steps_before=steps, has_stepped=has_stepped, last_root=root)
+
+
+def unfit(before: History, root: Failure, lost: frozenset[str]) -> tuple[frozenset[str], Sequence[Action]]:
+    """Nodes that the next attempt must do without, and what is done about those that are new among them: a node whose agent could not do
+    its part (the store's port, a rank's process) twice in a row, where there are enough others. `before`: the books before this failure."""
+    last = before.last_root
+    if not isinstance(root, NodeFailed) or not isinstance(last, NodeFailed) or last.node_id != root.node_id:
+        return lost, ()
+    without = lost | {root.node_id}
+    if root.node_id in lost or len(before.usable(without)) < before.rules.min_nodes:
+        return lost, ()
+    told = Announce(f"node {_host(before, root.node_id)} could not do its part twice in a row: going on without it")
+    return without, (told, LetGo(root.node_id))
 
 
 def seat(history: History, nodes: Sequence[NodeInfo], joined: Sequence[NodeInfo] = ()) -> History:

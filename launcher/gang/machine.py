@@ -47,7 +47,7 @@ from launcher.gang.events import (
     StoreOpened,
     Tick,
 )
-from launcher.gang.history import History, Rules, StopCause, drain_grace_s, note_failure, note_who_is_held, seat
+from launcher.gang.history import History, Rules, StopCause, drain_grace_s, note_failure, note_who_is_held, seat, unfit
 from launcher.gang.sayings import describe, how_many_saved, how_stopped, illegal_move, stopping_others
 from launcher.gang.world import NodeInfo, World
 
@@ -430,9 +430,8 @@ def _conclude_failure(stopping: Stopping, now: float) -> Move:
     root = policy.root_cause(failures)
     collateral = tuple(failure for failure in failures if failure is not root)
     said.append(ReportCollateral(history.attempt, root, root is not stopping.told, collateral))
-    blamed = blame(history, root)
-    if blamed is not None:
-        said.append(blamed)
+    said += [blamed] if (blamed := blame(history, root)) else []
+    lost, let_go = unfit(history, root, stopping.lost)
     history = note_failure(history, failures, root, now)
     # A spare is there for lost nodes; a gang that still has all its nodes, or cannot be whole again, pays as after any failure.
     is_free = isinstance(root, NodeLost) and len(history.usable(stopping.lost)) >= history.size
@@ -443,7 +442,8 @@ def _conclude_failure(stopping: Stopping, now: float) -> Move:
         state, actions = _end(history, decision.exit_code, decision.reason)
     else:
         paid = history if is_free else replace(history, num_restarts=history.num_restarts + 1)
-        state, actions = _restart(paid, decision, stopping.lost, now)
+        state, actions = _restart(paid, decision, lost, now)
+        actions = (*let_go, *actions)
     return state, (*said, *actions)
 
 

@@ -685,6 +685,31 @@ def test_a_node_that_does_not_end_its_attempt_in_time_is_given_up() -> None:
     assert "1" in [failure.node_id for failure in scene.only(ReportCollateral).collateral]  # type: ignore[attr-defined]
 
 
+def test_a_node_that_cannot_do_its_part_twice_in_a_row_is_left_for_a_spare() -> None:
+    """Else every restart of the budget is spent on it: a node whose port or disk is gone, whose address is wrong."""
+    scene = Scene(max_restarts=5)
+    scene.feed(NodesReady((node("0"), node("1"))), NodeJoined(node("2")))
+    for attempt in range(2):
+        scene.feed(NodeFailed(attempt, "0", "cannot listen", float(attempt)))
+        scene.end_attempt(attempt)
+    assert scene.only(LetGo) == LetGo("0")
+    scene.now += 20.0
+    scene.feed(Tick())
+    assert scene.nodes() == ("2", "1"), "the survivor keeps its ranks"
+
+
+def test_a_node_that_nobody_can_replace_is_tried_again() -> None:
+    scene = Scene(max_restarts=5)
+    scene.feed(NodesReady((node("0"), node("1"))))
+    for attempt in range(2):
+        scene.feed(NodeFailed(attempt, "0", "cannot listen", float(attempt)))
+        assert not [action for action in scene.end_attempt(attempt) if isinstance(action, LetGo)]
+        if isinstance(scene.state, BackingOff):
+            scene.now += 20.0
+            scene.feed(Tick())
+    assert scene.nodes() == ("0", "1")
+
+
 def test_a_store_that_cannot_be_opened_fails_the_attempt_before_any_rank_runs() -> None:
     scene = Scene()
     scene.feed(NodesReady((node("0"), node("1"))))
