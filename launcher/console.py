@@ -139,6 +139,8 @@ class _Paper:
         self._held: dict[_Source, LineAssembler] = {}
         self._open: dict[tuple[int, int], _Source] = {}
         """Whose line has not ended, for each file that is written to. Both descriptors may be one terminal: then it is one entry."""
+        self._returned: set[tuple[int, int]] = set()
+        """Of these, where the cursor is back at the beginning of that line (a progress bar): what comes next has a prefix again."""
         self._dead_fds: set[int] = set()
 
     def write_words(self, text: str) -> None:
@@ -164,16 +166,20 @@ class _Paper:
         fd = self._fds[source[1]]
         self._close_line_of_another(fd, source)
         prefix = self._prefix(source[0], self._local_ranks[source[0]]).encode()
-        pieces, is_open = [], _file(fd) in self._open
+        pieces, is_open = [], _file(fd) in self._open and _file(fd) not in self._returned
         for piece in _PIECES.findall(data):
             if not is_open:
                 pieces.append(prefix)
             pieces.append(piece)
             is_open = not piece.endswith((b"\n", b"\r"))
-        if is_open:
-            self._open[_file(fd)] = source
-        else:
+        self._returned.discard(_file(fd))
+        is_terminal = self._is_terminal[source[1]]
+        if pieces[-1].endswith(b"\n") or not (is_open or is_terminal):
             self._open.pop(_file(fd), None)
+        else:
+            self._open[_file(fd)] = source
+            if not is_open:
+                self._returned.add(_file(fd))
         self._write(fd, b"".join(pieces))
 
     def keep_line(self, parts: Sequence[str]) -> None:
@@ -191,6 +197,7 @@ class _Paper:
         if self._open.get(_file(fd), source) != source:
             self._write(fd, b"\n")
             del self._open[_file(fd)]
+            self._returned.discard(_file(fd))
 
     def _write(self, fd: int, data: bytes) -> None:
         """What is to stay, above our line."""

@@ -73,6 +73,18 @@ def test_a_progress_bar_goes_on_in_its_own_row_at_the_bottom_of_the_screen_too(t
     wait_until(lambda: terminal.rows()[-2:] == ["[rank0] line 19", "[rank0] 100%|####"], "the bar alone")
 
 
+def test_what_others_say_does_not_overwrite_a_progress_bar(terminal: Terminal) -> None:
+    """The bar has returned to the beginning of its row, which is still its own."""
+    console = console_on(terminal)
+    console.log(LogChunk(0, 0, Stream.STDERR, b" 98%|#########\r"))
+    console.log(LogChunk(0, 0, Stream.STDOUT, b"bye\n"))
+    console.log(LogChunk(0, 0, Stream.STDERR, b" 99%|#########\r"))
+    console.log(LogChunk(0, 0, Stream.STDERR, b"100%|#########\r"))
+    console.say("done")
+    console.close()
+    shown(terminal, ["[rank0]  98%|#########", "[rank0] bye", "[rank0] 100%|#########", "launcher: done"])
+
+
 def test_a_narrow_terminal_gets_what_fits_and_a_change_of_width_is_followed(terminal: Terminal) -> None:
     console = console_on(terminal)
     for columns, expected in (
