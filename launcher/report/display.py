@@ -57,8 +57,7 @@ class Display:
         """The journal has got this."""
         if self._how is ProgressDisplay.OFF:
             return
-        self._view.see(entry)
-        if self._how is ProgressDisplay.LIVE:
+        if self._view.see(entry) and self._how is ProgressDisplay.LIVE:
             self._screen.show_line(self._view.parts(entry.mono_s))
 
     def progress(self, progress: GangProgress, now: float) -> None:

@@ -32,13 +32,14 @@ class LiveView:
         self._stopped_s: float | None = None
         self._stepping_since_s: float | None = None
         self._next_saying_s = float("inf")
+        self._stage: tuple[object, ...] = ()
 
-    def see(self, entry: Entry) -> None:
-        """An entry of the journal."""
+    def see(self, entry: Entry) -> bool:
+        """An entry of the journal; True if the line says something else from now on. Most do not: thousands of ranks end at once."""
         if self._began_s is None:
             self._began_s = entry.mono_s
         if entry.kind == "GangProgress":
-            return  # all of a month would be kept here; `look` has it anyhow
+            return False  # all of a month would be kept here; `look` has it anyhow
         before = self._run.attempt
         self._run.see(entry)
         attempt = self._run.attempt
@@ -47,6 +48,16 @@ class LiveView:
             self._points.clear()
         if attempt is not None and attempt.stopped_s is not None and (attempt is not before or self._stopped_s is None):
             self._stopped_s = entry.mono_s
+        stage = self._stage_now()
+        has_changed, self._stage = stage != self._stage, stage
+        return has_changed
+
+    def _stage_now(self) -> tuple[object, ...]:
+        run, attempt = self._run, self._run.attempt
+        if attempt is None:
+            return (bool(run.waiting_for), run.ending is not None)
+        marks = (attempt.started_s, attempt.stopped_s, attempt.ended_s, run.ending)
+        return (attempt.number, *(mark is not None for mark in marks))
 
     def look(self, progress: GangProgress, now: float) -> str | None:
         """The newest progress; a sentence, if it is time for one."""

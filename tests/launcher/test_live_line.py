@@ -294,6 +294,17 @@ def test_the_line_says_what_is_done_where_there_is_no_step_to_count() -> None:
     assert parts(99) == []
 
 
+def test_thousands_of_ranks_that_end_at_once_do_not_paint_thousands_of_lines() -> None:
+    """The controller has to answer within a second meanwhile."""
+    story = Story().begin().attempt(1, 0)
+    for rank in range(8192):
+        story.tell(50, "RankExited", attempt=0, rank=rank, steps=9)
+        story.tell(50, "StopAttempt", attempt=0, node_id=f"n{rank}", grace_s=30.0, signum=15)
+    story.fail(51, 0).attempt(52, 1).end(60)
+    view = LiveView()
+    assert sum(view.see(entry) for entry in story.entries) < 12
+
+
 def test_a_month_of_progress_is_not_kept_in_memory() -> None:
     view = LiveView()
     for entry in Story().begin().attempt(1, 0).entries:
