@@ -194,6 +194,12 @@ def serve(
 @click.option(
     "--verify/--no-verify", default=True, show_default=True, help="Read everything back and compare checksums."
 )
+@click.option(
+    "--as-files",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="Real files in DIR instead of blocks in a cache: for programs that read paths. Needs no daemon; goes on where it was stopped.",
+)
 @click.option("--json", "as_json", is_flag=True, help="The result as JSON on standard output.")
 def preload(
     urls: tuple[str, ...],
@@ -202,14 +208,22 @@ def preload(
     capacity: int | None,
     jobs: int,
     verify: bool,
+    as_files: Path | None,
     as_json: bool,
 ) -> None:
     """Fetch all objects below the URLs. Exit code 0 if and only if every byte is resident (and verified)."""
     from cache.preload import preload as run_preload
 
     _log_to_stderr("text")
-    with _daemon_for(socket, directory, capacity) as path:
-        result = run_preload(path, urls, jobs=jobs, verify=verify)
+    if as_files is not None:
+        from cache.mirror import mirror
+
+        if len(urls) != 1 or directory is not None or capacity is not None:
+            raise click.UsageError("--as-files takes one URL, and neither --dir nor --capacity: no daemon is asked")
+        result = mirror(urls[0], as_files.absolute(), jobs=jobs, verify=verify)
+    else:
+        with _daemon_for(socket, directory, capacity) as path:
+            result = run_preload(path, urls, jobs=jobs, verify=verify)
     if as_json:
         click.echo(json.dumps(result.to_json()))
     else:

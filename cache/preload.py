@@ -68,7 +68,7 @@ def preload(socket: str, urls: Sequence[str], *, jobs: int, verify: bool) -> Pre
     objects = {info.url: info for url in urls for info in cache.list(url)}
     _check_room(list(objects.values()), int(before["capacity_bytes"]))
     result = PreloadResult(len(objects), sum(info.size_bytes for info in objects.values()), wants_verification=verify)
-    progress = _Progress(result)
+    progress = Progress(result)
     with ThreadPoolExecutor(max_workers=jobs) as threads:
         try:
             pending: dict[Future[None], str] = {
@@ -138,7 +138,7 @@ def _check_room(objects: list[ObjectInfo], capacity_bytes: int) -> None:
         )
 
 
-class _Progress:
+class Progress:
     """A live bar on a terminal, a plain line now and then elsewhere; on standard error, so that results stay clean."""
 
     def __init__(self, result: PreloadResult) -> None:
