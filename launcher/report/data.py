@@ -33,7 +33,7 @@ def report_data(run: RunRecord, state: State, good: Goodput) -> dict[str, Any]:
         "launcher": {"pid": run.pid, "hostname": run.hostname, "argv": list(run.argv)},
         "num_restarts": run.num_restarts,
         "goodput": {
-            "share": round(good.shares["steps"], 4),
+            "share": round(good.shares["steps"], 4) if run.has_steps else None,
             "seconds": {kind: round(seconds, 3) for kind, seconds in good.seconds.items()},
             "shares": {kind: round(share, 4) for kind, share in good.shares.items()},
             "redone_steps": good.redone_steps,

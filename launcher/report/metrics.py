@@ -64,11 +64,13 @@ def values(run: RunRecord, state: State, good: Goodput, latest: Point | None) ->
         yield Value("node_events", number, event)
     for kind, seconds in good.seconds.items():
         yield Value("time_seconds", seconds, kind)
-    yield Value("goodput_ratio", good.shares["steps"])
     attempt = run.attempt
     newest = latest.steps if latest is not None and latest.steps else 0
     ended = sum(each.steps or 0 for each in run.attempts[:-1])
-    yield Value("steps", ended + max(newest, (attempt.steps or 0) if attempt is not None else 0))
+    made = ended + max(newest, (attempt.steps or 0) if attempt is not None else 0)
+    yield Value("steps", made)
+    if made:
+        yield Value("goodput_ratio", good.shares["steps"])
     if attempt is None:
         return
     yield Value("attempt", attempt.number)

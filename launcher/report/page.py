@@ -11,7 +11,7 @@ from launcher.report.pace import pace, whole_pace
 from launcher.report.plot import Band, lines, timeline
 from launcher.report.record import Attempt, RunRecord
 from launcher.report.state import State
-from launcher.report.text import MEANINGS, NAMES, UNSEEN, how_ended
+from launcher.report.text import MEANINGS, NAMES, goodput_words, how_ended
 from launcher.report.words import clock, counted, pace_words, percent
 
 _MAX_TRACEBACKS = 20
@@ -61,7 +61,7 @@ def _head(run: RunRecord, state: State, good: Goodput) -> Iterator[str]:
 
 
 def _goodput(run: RunRecord, good: Goodput) -> Iterator[str]:
-    yield f"<h2>Goodput {percent(good.shares['steps'])}</h2>"
+    yield f"<h2>{goodput_words(run, good).capitalize()}</h2>"
     bands = [Band(begin_s, end_s, kind, _words(kind, end_s - begin_s)) for begin_s, end_s, kind in _merged(good.pieces)]
     marks = [(attempt.failure.at_s, str(attempt.failure)) for attempt in run.attempts if attempt.failure]
     yield timeline(bands, marks, good.total_s)
@@ -75,8 +75,6 @@ def _goodput(run: RunRecord, good: Goodput) -> Iterator[str]:
     if good.redone_s:
         redone = f"{counted(good.redone_steps, 'step')} made a second time, {duration(good.redone_s)}"
         yield f"<p class=note>Of restart: {redone}. The timeline shows them where they were made first, as steps.</p>"
-    if run.attempts and not run.has_steps:
-        yield f"<p class=note>{UNSEEN}</p>"
 
 
 def _merged(pieces: Sequence[Piece]) -> list[tuple[float, float, str]]:

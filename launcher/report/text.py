@@ -18,7 +18,6 @@ MEANINGS = {
     "restart": "from an attempt's end to the next one's first step",
     "other": "evaluation, checkpoints, what comes after the last step",
 }
-UNSEEN = "no optimizer step was seen in this run, so its running time is other"
 _BAR = 30
 _MAX_ATTEMPTS = 20
 
@@ -57,7 +56,7 @@ def report_text(run: RunRecord, state: State, good: Goodput) -> str:
         f"{run.run_dir}: {state.words}",
         f"  began {clock(run.began_wall_s)}; {duration(good.total_s)}; {where}; {counted(len(run.attempts), 'attempt')}",
         "",
-        f"goodput {percent(good.shares['steps'])}",
+        goodput_words(run, good),
     ]
     for kind, share in good.shares.items():
         bar = "█" * round(share * _BAR)
@@ -67,8 +66,6 @@ def report_text(run: RunRecord, state: State, good: Goodput) -> str:
         if kind == RESTART and good.redone_s:
             redone = f"{counted(good.redone_steps, 'step')} made a second time, {duration(good.redone_s)}"
             lines.append(f"  {'':<10}{'':>7} {'':>13}  {'':<{_BAR}}  (of it {redone})")
-    if run.attempts and not run.has_steps:
-        lines.append(f"  {UNSEEN}")
     lines += ["", *_attempt_lines(run)]
     if run.node_events:
         lines += ["", "nodes"]
@@ -96,6 +93,13 @@ def _attempt_lines(run: RunRecord) -> list[str]:
             lines.append(f"       log {attempt.failure.log}")
         lines += [f"       slow: {straggler}" for straggler in attempt.stragglers.values()][:_MAX_ATTEMPTS]
     return lines
+
+
+def goodput_words(run: RunRecord, good: Goodput) -> str:
+    """The headline. A program whose steps cannot be seen may have trained all the time: then it is not 0."""
+    if run.has_steps:
+        return f"goodput {percent(good.shares['steps'])}"
+    return "goodput unknown: no optimizer step was seen, so the running time is other"
 
 
 def how_ended(attempt: Attempt) -> str:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from launcher.journal import Entry
 from launcher.report.data import report_data
 from launcher.report.goodput import KINDS, Goodput, goodput
+from launcher.report.metrics import values
 from launcher.report.page import page
 from launcher.report.record import _TAKES, RunRecord
 from launcher.report.state import state_of
@@ -108,6 +109,15 @@ def test_a_job_whose_steps_cannot_be_seen_has_start_restart_and_other() -> None:
     assert good.seconds == pytest.approx({"start": 3, "steps": 0, "data_wait": 0, "hang": 0, "restart": 3, "other": 35})
 
 
+def test_the_goodput_of_a_job_whose_steps_cannot_be_seen_is_unknown_and_not_zero() -> None:
+    """It may have trained all the time."""
+    run = RunRecord(Story().begin().attempt(2, 0).stop(40, 0).end(41).entries)
+    good, state = goodput(run), state_of(run, None)
+    assert "goodput unknown: no optimizer step was seen" in report_text(run, state, good)
+    assert report_data(run, state, good)["goodput"]["share"] is None
+    assert "goodput_ratio" not in {value.name for value in values(run, state, good, None)}
+
+
 def test_a_run_in_progress_is_accounted_for_until_now() -> None:
     story = Story().begin().attempt(2, 0).steps(10, 0, 1).steps(20, 0, 11)
     assert account(story, until_s=25.0).seconds["steps"] == pytest.approx(15)
@@ -180,6 +190,7 @@ def test_whatever_a_journal_holds_the_shares_add_up_to_all_of_its_time(
     assert status_text(run, state, good.total_s, 1.0)
     assert report_text(run, state, good)
     assert page(run, state, good).startswith("<!doctype html>")
+    assert all(value.value >= 0 for value in values(run, state, good, None))
     assert set(report_data(run, state, good)["goodput"]["shares"]) == set(KINDS)
 
 
