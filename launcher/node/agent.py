@@ -40,6 +40,7 @@ from launcher.node.follow import LogFollower
 from launcher.node.forking import ForkServers
 from launcher.node.guarded import Gone, GuardedProcess, NeverBorn, Report
 from launcher.node.node_attempt import NodeAttempt
+from launcher.node.runtime_dir import RuntimeDir
 from launcher.node.survey import Survey, is_needed
 from launcher.spec import JobSpec
 
@@ -103,6 +104,7 @@ class NodeAgent:
         os.set_blocking(self._wake_write_fd, False)
         self._selector.register(self._wake_fd, selectors.EVENT_READ, self._drain_wake)
         strays.adopt()
+        self._runtime_dir = RuntimeDir()
         self._forks = ForkServers(spec, node.num_ranks, self._run_dir, self._base_env, self._on_fork_socket)
         self._post(self._forks.start)
         self._thread = threading.Thread(target=self._run, name=f"agent-{node.node_id}", daemon=True)
@@ -188,6 +190,7 @@ class NodeAgent:
             self._on_event(NodeLost(self._node.node_id, f"a fault in the launcher's agent there:\n{text}", time.time()))
         finally:
             self._forks.close()
+            self._runtime_dir.close()
             with self._commands_lock:
                 self._is_over = True
                 self._selector.close()
@@ -305,6 +308,7 @@ class NodeAgent:
                 self._follower,
                 self._watch,
                 self._forks,
+                self._runtime_dir,
                 is_sweeping=lambda: self._sweep_until_s > 0.0,
                 when_over=self._attempt_is_over,
             )

@@ -10,9 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
-import stat
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +19,7 @@ from launcher.gang.events import CacheFailed, CacheServing, Event
 from launcher.node.cache_peers import PeerFiles, PeerTerms
 from launcher.node.failure import last_lines
 from launcher.node.guarded import Exited, Gone, Report, StartFailed, execute
+from launcher.node.runtime_dir import private_directory
 from launcher.spec import CacheOptions
 
 ANNOUNCE_TIMEOUT_S = 20.0
@@ -34,21 +33,9 @@ def socket_path(cache_dir: str) -> str:
 
     Of this process alone: if another daemon serves the directory already, our path becomes a link to its socket.
     """
-    base = _private_directory()
+    base = private_directory()
     name = hashlib.sha256(os.path.realpath(cache_dir).encode("utf-8", "surrogateescape")).hexdigest()[:16]
     return os.path.join(base, f"{name}-{os.getpid()}.sock")
-
-
-def _private_directory() -> str:
-    """A short path that only this user can enter; in a shared /tmp somebody else may have made the usual one before us."""
-    usual = os.path.join(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir(), f"railhead-{os.getuid()}")
-    with contextlib.suppress(OSError):
-        os.mkdir(usual, 0o700)
-    with contextlib.suppress(OSError):
-        status = os.lstat(usual)
-        if stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o077:
-            return usual
-    return tempfile.mkdtemp(prefix="railhead-")
 
 
 class CacheChild:

@@ -50,6 +50,11 @@ RESCAN_S = 0.02
 """While killing: how soon to look again for descendants that were born meanwhile."""
 
 
+JANITORS = (b"multiprocessing.resource_tracker", b"torch_shm_manager")
+"""Processes that remove shared memory when those who used it are gone: killed with the others, they would leave it behind."""
+JANITOR_GRACE_S = 0.5
+"""How long they are spared. They take milliseconds, and ignore SIGTERM themselves."""
+
 HANDLED = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 PROCESS_NAME = b"railhead-guard"
@@ -113,6 +118,26 @@ def descendants_of(pid: int) -> list[int]:
     return found
 
 
+def is_janitor(pid: int) -> bool:
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/cmdline", "rb") as file:
+        command = file.read()
+        return any(name in command for name in JANITORS)
+    return False
+
+
+def remove_shared_memory(pids: set[int], since_s: float) -> None:
+    """Of dead processes: torch names its files after who made them, and its `file_system` way of sharing leaves them when that one is
+    killed (seen with torch 2.13, although a torch_shm_manager was there)."""
+    with contextlib.suppress(OSError):
+        for entry in os.scandir("/dev/shm"):
+            maker = entry.name.split("_")[1] if entry.name.startswith("torch_") and entry.name.count("_") == 3 else ""
+            if maker.isdigit() and int(maker) in pids:
+                with contextlib.suppress(OSError):
+                    status = entry.stat(follow_symlinks=False)
+                    if status.st_uid == os.getuid() and status.st_ctime >= since_s:
+                        os.unlink(entry.path)
+
+
 def signal_all(pids: list[int], signum: int) -> None:
     """Signals those that are still there and that we may signal."""
     for pid in pids:
@@ -133,6 +158,10 @@ class Guardian:
         self.pid = 0
         self.is_alive = False
         self.kill_at: float | None = None  # monotonic; from then on everything is killed until nothing is left
+        self.killing_since = 0.0
+        self.began_s = time.time()
+        self.known: set[int] = set()
+        """All that this guardian has seen of its tree."""
         self.received = b""
         self.wake_fd, wake_write_fd = os.pipe()
         for fd in (self.wake_fd, wake_write_fd):
@@ -182,8 +211,18 @@ class Guardian:
                 poller.unregister(self.control_fd)
                 self.kill_at = 0.0
             if self.kill_at is not None and time.monotonic() >= self.kill_at:
-                signal_all(descendants_of(os.getpid()), signal.SIGKILL)
+                self._kill()
+        remove_shared_memory(self.known, self.began_s)
         self._tell({"event": "gone"})
+
+    def _kill(self) -> None:
+        now = time.monotonic()
+        self.killing_since = self.killing_since or now
+        spares = now < self.killing_since + JANITOR_GRACE_S
+        everyone = descendants_of(os.getpid())
+        self.known.update(everyone)
+        victims = [pid for pid in everyone if not (spares and is_janitor(pid))]
+        signal_all(victims, signal.SIGKILL)
 
     def _poll_timeout_ms(self) -> int | None:
         if self.kill_at is None:
@@ -273,6 +312,7 @@ class Guardian:
                 return True
             if pid == 0:
                 return False
+            self.known.add(pid)
             if pid == self.pid and self.is_alive:
                 self.is_alive = False
                 self._tell({"event": "exited", "status": status, "at_s": time.time()})
@@ -281,7 +321,7 @@ class Guardian:
     def _end_leftovers(self) -> None:
         if self.kill_at is None:
             self.kill_at = time.monotonic() + LEFTOVER_GRACE_S
-            signal_all(descendants_of(os.getpid()), signal.SIGTERM)
+            signal_all([pid for pid in descendants_of(os.getpid()) if not is_janitor(pid)], signal.SIGTERM)
         else:
             self.kill_at = min(self.kill_at, time.monotonic() + LEFTOVER_GRACE_S)
 

@@ -31,6 +31,7 @@ STACK_FILE = "faulthandler.log"
 _FIRST_FD = 400
 
 _STEPS, _LOADERS, _BACKWARD = "torch.optim.optimizer", "torch.utils.data.dataloader", "torch.autograd"
+_PROCESSES = "multiprocessing.process"
 W_PID, W_BEGAN_NS, W_WAIT_SINCE_NS, W_BATCHES, W_BATCH_AT_NS = (
     1,
     2,
@@ -219,7 +220,14 @@ def begin(directory: str) -> Observer:
     def hook_backward(module: Any) -> None:
         module.backward = observer.wrap_backward(module.backward)
 
-    _WhenImported({_STEPS: hook_steps, _LOADERS: hook_loaders, _BACKWARD: hook_backward}).install()
+    def keep_sockets_here(module: Any) -> None:
+        # What children of multiprocessing leave in their temporary directory when they are killed is removed with ours (runtime_dir.py).
+        module.current_process()._config.setdefault("tempdir", os.readlink(os.path.join(directory, "tmp")))
+
+    due: dict[str, Callable[[Any], None]] = {_STEPS: hook_steps, _LOADERS: hook_loaders, _BACKWARD: hook_backward}
+    if os.path.exists(os.path.join(directory, "tmp")):
+        due[_PROCESSES] = keep_sockets_here
+    _WhenImported(due).install()
     _write_stacks_when_asked(directory)
     return observer
 

@@ -37,6 +37,7 @@ from launcher.node.memory_kills import MemoryKills
 from launcher.node.nccl_logs import NcclLogs, NcclPaths
 from launcher.node.pages import RankPage, is_stopped
 from launcher.node.rank_process import RankFiles, RankStarter
+from launcher.node.runtime_dir import RuntimeDir, remove
 from launcher.node.survey import Survey
 from launcher.preemption import MARKER
 from launcher.spec import JobSpec, ProgramKind, Stream
@@ -62,6 +63,7 @@ class NodeAttempt:
         follower: LogFollower,
         watch: Watch,
         forks: ForkServers,
+        runtime_dir: RuntimeDir,
         is_sweeping: Callable[[], bool],
         when_over: Callable[[int], None],
     ) -> None:
@@ -74,6 +76,8 @@ class NodeAttempt:
         self._follower = follower
         self._watch = watch
         self._forks = forks
+        self._runtime_dir = runtime_dir
+        self._temporary: dict[int, str] = {}
         self._is_sweeping = is_sweeping
         self._when_over = when_over
         self._directory = os.path.join(run_dir, f"attempt_{number}")
@@ -121,6 +125,7 @@ class NodeAttempt:
                 places = RankPlaces(self._run_dir, files.error_file, cache_socket)
                 chosen = rank_env.settings(self._spec, plan, member, places, self._base_env, advice.environment)
                 self._make_room(files)
+                self._temporary[member.rank] = self._runtime_dir.make_for_rank(files.directory)
                 self._pages[member.rank] = RankPage(member.rank, files.directory)
                 account = rank_env.account(chosen, self._base_env, advice.environment, member.local_rank)
                 self._start_rank(member, files, chosen, account, advice.binding_of(member.local_rank))
@@ -246,6 +251,7 @@ class NodeAttempt:
             case Gone():
                 del self._ranks[member.rank]
                 self._pages.pop(member.rank).close()
+                remove(self._temporary.pop(member.rank, ""))
                 self._check_over()
 
     def _rank_exited(self, member: Member, files: RankFiles, status: ExitStatus, at_s: float) -> None:

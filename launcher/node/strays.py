@@ -10,12 +10,25 @@ import contextlib
 import os
 import signal
 import threading
+import time
 
-from launcher.node.guardian import PR_SET_CHILD_SUBREAPER, PROCESS_NAME, descendants_of, parents, prctl
+from launcher.node.guardian import (
+    JANITOR_GRACE_S,
+    PR_SET_CHILD_SUBREAPER,
+    PROCESS_NAME,
+    descendants_of,
+    is_janitor,
+    parents,
+    prctl,
+    remove_shared_memory,
+)
 
 _lock = threading.Lock()
 _ours: set[int] = set()
 _adopting = False
+_began_s = time.time()
+_first_seen: dict[int, float] = {}
+"""When each stray was found: those that remove shared memory get a moment to do so."""
 
 
 def adopt() -> None:
@@ -44,12 +57,18 @@ def kill() -> bool:
     """Kills every stray with all its descendants and collects the dead. True when none was found: call it until then."""
     with _lock:
         found = [pid for pid in _children() if pid not in _ours and not _is_guardian(pid)]
+        now = time.monotonic()
         for pid in found:
+            spares = now < _first_seen.setdefault(pid, now) + JANITOR_GRACE_S
             for victim in (pid, *descendants_of(pid)):
+                if spares and is_janitor(victim):
+                    continue
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.kill(victim, signal.SIGKILL)
             with contextlib.suppress(ChildProcessError):
-                os.waitpid(pid, os.WNOHANG)
+                if os.waitpid(pid, os.WNOHANG)[0] == pid:
+                    _first_seen.pop(pid, None)
+                    remove_shared_memory({pid}, _began_s)
         return not found
 
 
