@@ -1,13 +1,16 @@
 """What does being watched cost: a training step, an idle core, memory?
 
-    python -m benchmarks.overhead               # writes benchmarks/results/
-    python -m benchmarks.overhead --quick       # fewer blocks, prints only
+    python -m benchmarks.overhead               # writes benchmarks/results/, about four minutes
+    python -m benchmarks.overhead --quick       # prints only
 
 **Step.** One process trains on one thread, with the rank's own observer in it (`launcher/node/instrument.py`) and an agent's reader that
-looks at its page. Blocks of steps with the hooks in and with the hooks out (torch's own functions, no hook registered: the bare script)
-take turns, in an order drawn for each pair. The cost is the median over the pairs of (median step with) - (median step without); its
-interval comes from resampling pairs. **Idle.** `python -m launcher` runs two ranks that train slowly; CPU time and memory of the
-launcher's process are read from /proc.
+looks at its page. Steps with the hooks in and with the hooks out (torch's own functions, no hook registered: the bare script) come in
+pairs, in an order drawn for each pair; wall and CPU time of each step are taken. The cost is the median over the pairs of (with) -
+(without); its interval comes from resampling pairs, in runs of a hundred because neighbours resemble each other. A second column takes the
+same pairs with the hooks out in both: what the method itself makes of nothing.
+
+**Idle.** The same script, two ranks that train slowly, under `python -m launcher` and under torchrun, in turns. CPU time and memory of
+everything that is not a rank or a descendant of one are read from /proc.
 """
 
 from __future__ import annotations
@@ -21,13 +24,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import hardware, versions
 from launcher.node import progress
+from launcher.node.guardian import descendants_of
 from launcher.node.pages import RankPage
 
 RESULT = Path(__file__).parent / "results" / "overhead_2cores_202611.md"
@@ -37,30 +41,43 @@ MODELS = (
     ("768 → 768 → 768, batch 64", 768, 64),
     ("2048 → 2048 → 2048, batch 64", 2048, 64),
 )
+RUN = 100
+"""Pairs that are resampled together."""
 
 IDLE_SCRIPT = """
-import time, torch
+import os, time, torch
 model = torch.nn.Linear(8, 8)
 optimizer = torch.optim.SGD(model.parameters(), 0.1)
-open("ready." + __import__("os").environ["RANK"], "w").close()
-while True:
+def train():
     model(torch.randn(4, 8)).sum().backward()
     optimizer.step()
+train()
+with open("part." + os.environ["RANK"], "w") as file: file.write(str(os.getpid()))
+os.rename("part." + os.environ["RANK"], "ready." + os.environ["RANK"])
+while True:
+    train()
     time.sleep(0.05)
 """
 
 
 @dataclass(frozen=True)
+class Estimate:
+    """Nanoseconds."""
+
+    middle: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
 class StepCost:
     name: str
-    step_us: float
-    cost_us: float
-    low_us: float
-    high_us: float
-
-    @property
-    def percent(self) -> float:
-        return 100 * self.cost_us / self.step_us
+    num_pairs: int
+    step_ns: float
+    wall: Estimate
+    cpu: Estimate
+    nothing: Estimate
+    """Wall time of pairs in which the hooks were out both times."""
 
 
 class Hooks:
@@ -95,77 +112,112 @@ class Hooks:
         return self._page.sample(os.getpid()).steps
 
 
-def training(width: int, batch: int) -> Callable[[int], list[float]]:
-    """Trains so many steps, and says how long each took."""
+def training(width: int, batch: int) -> Callable[[], tuple[int, int]]:
+    """One step; wall and CPU nanoseconds that it took."""
     import torch
     from torch.utils.data import DataLoader, TensorDataset
 
     torch.set_num_threads(1)
     model = torch.nn.Sequential(torch.nn.Linear(width, width), torch.nn.ReLU(), torch.nn.Linear(width, width))
     optimizer = torch.optim.SGD(model.parameters(), 0.001)
-    loader = DataLoader(TensorDataset(torch.randn(batch * 10_000 // 100, width)), batch_size=batch)
+    loader = DataLoader(TensorDataset(torch.randn(batch * 100, width)), batch_size=batch)
+    batches = iter(loader)
+    left = len(loader)
 
-    def train(num_steps: int) -> list[float]:
-        took, done = [], 0
-        while done < num_steps:
-            began = time.perf_counter()
-            for (x,) in loader:
-                model(x).square().mean().backward()
-                optimizer.step()
-                optimizer.zero_grad()
-                ended = time.perf_counter()
-                took.append(ended - began)
-                began = ended
-                done += 1
-        return took[:num_steps]
+    def step() -> tuple[int, int]:
+        nonlocal batches, left
+        if not left:
+            batches, left = iter(loader), len(loader)
+        left -= 1
+        cpu_ns, wall_ns = time.process_time_ns(), time.perf_counter_ns()
+        (x,) = next(batches)
+        model(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return time.perf_counter_ns() - wall_ns, time.process_time_ns() - cpu_ns
 
-    return train
+    return step
 
 
-def measure(name: str, width: int, batch: int, num_pairs: int, hooks: Hooks, dice: random.Random) -> StepCost:
-    train = training(width, batch)
-    num_steps = max(20, min(1000, round(0.25 / statistics.median(train(30)))))
-    differences, without = [], []
-    for _ in range(num_pairs):
-        medians = {}
-        for is_in in dice.sample([False, True], 2):
-            hooks.put(is_in)
-            medians[is_in] = 1e6 * statistics.median(train(num_steps))
+def measure(name: str, width: int, batch: int, seconds: float, hooks: Hooks, dice: random.Random) -> StepCost:
+    step = training(width, batch)
+    hooks.put(False)
+    step_s = statistics.median(step()[0] for _ in range(50)) / 1e9
+    num_pairs = max(2 * RUN, round(seconds / step_s / 4))
+    walls, cpus, nothings, without = [], [], [], []
+    for idx in range(num_pairs):
+        for second in (True, False):
+            took: dict[bool, tuple[int, int]] = {}
+            for is_second in dice.sample([False, True], 2):
+                hooks.put(is_second and second)
+                took[is_second] = step()
+            if second:
+                walls.append(took[True][0] - took[False][0])
+                cpus.append(took[True][1] - took[False][1])
+                without.append(took[False][0])
+            else:
+                nothings.append(took[True][0] - took[False][0])
+        if idx % 500 == 0:
             hooks.look()
-        differences.append(medians[True] - medians[False])
-        without.append(medians[False])
-    resampled = sorted(statistics.median(dice.choices(differences, k=num_pairs)) for _ in range(2000))
-    return StepCost(name, statistics.median(without), statistics.median(differences), resampled[50], resampled[-51])
+    return StepCost(
+        name,
+        num_pairs,
+        statistics.median(without),
+        estimate(walls, dice),
+        estimate(cpus, dice),
+        estimate(nothings, dice),
+    )
+
+
+def estimate(differences: Sequence[int], dice: random.Random) -> Estimate:
+    """Median, and what 95 of 100 medians of resampled runs lie between."""
+    runs = [statistics.median(differences[at : at + RUN]) for at in range(0, len(differences) - RUN + 1, RUN)]
+    resampled = sorted(statistics.median(dice.choices(runs, k=len(runs))) for _ in range(2000))
+    return Estimate(statistics.median(differences), resampled[50], resampled[-51])
 
 
 @dataclass(frozen=True)
 class Idle:
+    """Of one process, or of several together."""
+
+    num_processes: int
     cpu_percent: float
     rss_mib: float
     pss_mib: float
-    seconds: float
 
 
-def idle(seconds: float) -> Idle:
-    """The launcher's own process while two ranks train."""
+def idle(command: Sequence[str], seconds: float) -> tuple[Idle, Idle]:
+    """The process of the command, and all that it has started but the ranks and theirs."""
     with tempfile.TemporaryDirectory() as directory:
         Path(directory, "train.py").write_text(IDLE_SCRIPT)
-        command = [sys.executable, "-m", "launcher", "--nproc-per-node", "2", "train.py"]
-        launcher = subprocess.Popen(command, cwd=directory, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen([sys.executable, *command], cwd=directory, stderr=subprocess.DEVNULL)
+        ready = [Path(directory, f"ready.{rank}") for rank in range(2)]
         try:
-            while not all(Path(directory, f"ready.{rank}").exists() for rank in range(2)):
-                assert launcher.poll() is None
+            while not all(path.exists() for path in ready):
+                assert process.poll() is None
                 time.sleep(0.1)
-            time.sleep(2.0)
-            before, began = _cpu_s(launcher.pid), time.monotonic()
+            time.sleep(3.0)
+            ranks = {int(path.read_text()) for path in ready}
+            hidden = ranks.union(*(descendants_of(pid) for pid in ranks))
+            own, helpers = [process.pid], sorted(set(descendants_of(process.pid)) - hidden)
+            before, began = {pid: _cpu_s(pid) for pid in (*own, *helpers)}, time.monotonic()
             time.sleep(seconds)
-            used, lasted = _cpu_s(launcher.pid) - before, time.monotonic() - began
-            rollup = Path(f"/proc/{launcher.pid}/smaps_rollup").read_text().splitlines()
-            kib = {line.split(":")[0]: int(line.split()[1]) for line in rollup[1:]}
-            return Idle(100 * used / lasted, kib["Rss"] / 1024, kib["Pss"] / 1024, lasted)
+            lasted = time.monotonic() - began
+            used = {pid: _cpu_s(pid) - cpu_s for pid, cpu_s in before.items()}
+            own_idle, helpers_idle = (_account(pids, used, lasted) for pids in (own, helpers))
+            return own_idle, helpers_idle
         finally:
-            launcher.send_signal(signal.SIGTERM)
-            launcher.wait(60)
+            process.send_signal(signal.SIGTERM)
+            process.wait(60)
+
+
+def _account(pids: Sequence[int], used: dict[int, float], lasted: float) -> Idle:
+    rss, pss = 0, 0
+    for pid in pids:
+        rollup = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+        kib = {line.split(":")[0]: int(line.split()[1]) for line in rollup[1:]}
+        rss, pss = rss + kib["Rss"], pss + kib["Pss"]
+    return Idle(len(pids), 100 * sum(used[pid] for pid in pids) / lasted, rss / 1024, pss / 1024)
 
 
 def _cpu_s(pid: int) -> float:
@@ -173,11 +225,15 @@ def _cpu_s(pid: int) -> float:
     return sum(int(path.read_text().split()[0]) for path in Path(f"/proc/{pid}/task").glob("*/schedstat")) / 1e9
 
 
-def page(costs: list[StepCost], launcher: Idle, num_pairs: int, load: tuple[float, float]) -> str:
-    rows = [
-        f"| {cost.name} | {cost.step_us:,.0f} | {cost.cost_us:+.2f} | {cost.low_us:+.2f} to {cost.high_us:+.2f} | {cost.percent:+.3f} % |"
-        for cost in costs
-    ]
+WAYS = {
+    "railhead": ("-m", "launcher", "--standalone", "--nproc-per-node", "2", "train.py"),
+    "torchrun": ("-m", "torch.distributed.run", "--nproc-per-node", "2", "train.py"),
+}
+
+
+def page(
+    costs: list[StepCost], idles: dict[str, list[tuple[Idle, Idle]]], seconds: float, load: tuple[float, float]
+) -> str:
     return "\n".join(
         [
             "# What being watched costs",
@@ -187,37 +243,76 @@ def page(costs: list[StepCost], launcher: Idle, num_pairs: int, load: tuple[floa
             "",
             f"- Hardware: {hardware()}; load average before and after: {load[0]:.1f}, {load[1]:.1f}",
             f"- Versions: {versions(('torch', 'railhead'))}",
-            f"- Command: `python -m benchmarks.overhead`; {num_pairs} pairs of blocks (with, without; the order drawn), one "
-            "thread, SGD, DataLoader without workers.",
+            "- Command: `python -m benchmarks.overhead`; one thread, SGD, a data loader without workers. Pairs of steps with and "
+            "without the hooks, the order drawn for each pair. Medians, and 95 % intervals from resampled runs of pairs.",
             "",
-            "| model (linear, ReLU, linear) | step without (µs) | cost (µs) | 95 % interval | of the step |",
+            "| model (linear, ReLU, linear) | pairs | step without (µs) | cost, wall (µs) | cost, CPU (µs) | wall, of the step "
+            "| the method on nothing (µs) |",
+            "|---|---|---|---|---|---|---|",
+            *(_cost_row(cost) for cost in costs),
+            "",
+            *_verdict(costs[0]),
+            "",
+            f"Two ranks that train, one look a second, {seconds:.0f} s each; {len(idles['railhead'])} runs in turns, medians, and "
+            "least to most. PSS: memory that is shared counts in parts.",
+            "",
+            "| what | processes | CPU (% of a core) | RSS (MiB) | PSS (MiB) |",
             "|---|---|---|---|---|",
-            *rows,
+            *(
+                _idle_row(name, which, [pair[idx] for pair in runs])
+                for name, runs in idles.items()
+                for idx, which in enumerate(("its own process", "its helpers"))
+            ),
             "",
-            "Each step: one hook after the optimizer, one wrapped `__next__`, one wrapped `backward`. The cost is a "
-            "constant, so the smallest step shows it largest.",
-            "",
-            "| the launcher's process, two ranks training, one look a second | |",
-            "|---|---|",
-            f"| CPU | {launcher.cpu_percent:.2f} % of a core, over {launcher.seconds:.0f} s |",
-            f"| resident memory | {launcher.rss_mib:.0f} MiB ({launcher.pss_mib:.0f} MiB in proportion to what others share) |",
+            "Helpers of railhead: a guardian for each rank and for the store, the store's host, and the fork server, which holds torch "
+            "for the next attempt and shares most of it with the ranks. torchrun has none.",
             "",
         ]
     )
 
 
+def _verdict(smallest: StepCost) -> list[str]:
+    """What the most exact row says."""
+    own_us, enough_ms = smallest.wall.high / 1000, smallest.wall.high / 0.005 / 1e6
+    return [
+        "A step has one hook after the optimizer, one wrapped `__next__`, one wrapped `backward`: some lines of Python, found in a cold "
+        "cache after each step's products. The larger the step, the smaller is that against its noise, so the smallest shows it best: "
+        f"at most {own_us:.1f} µs. That is below 0.5 % of a step that takes {enough_ms:.1f} ms or more, and above it for a shorter one.",
+    ]
+
+
+def _cost_row(cost: StepCost) -> str:
+    return (
+        f"| {cost.name} | {cost.num_pairs:,} | {cost.step_ns / 1000:,.0f} | {_in_us(cost.wall)} | {_in_us(cost.cpu)} "
+        f"| {100 * cost.wall.middle / cost.step_ns:+.2f} % (to {100 * cost.wall.high / cost.step_ns:+.2f} %) | {_in_us(cost.nothing)} |"
+    )
+
+
+def _in_us(estimate: Estimate) -> str:
+    return f"{estimate.middle / 1000:+.2f} ({estimate.low / 1000:+.2f} to {estimate.high / 1000:+.2f})"
+
+
+def _idle_row(name: str, which: str, runs: list[Idle]) -> str:
+    cpu, rss, pss = ([getattr(run, what) for run in runs] for what in ("cpu_percent", "rss_mib", "pss_mib"))
+    spread = f"{statistics.median(cpu):.2f} ({min(cpu):.2f} to {max(cpu):.2f})"
+    numbers = f"{spread} | {statistics.median(rss):.0f} | {statistics.median(pss):.0f}"
+    return f"| {name}: {which} | {runs[0].num_processes} | {numbers if runs[0].num_processes else '– | – | –'} |"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--pairs", type=int, default=120)
     options = parser.parse_args()
-    num_pairs = 20 if options.quick else options.pairs
+    step_s, idle_s, num_runs = (4.0, 4.0, 1) if options.quick else (30.0, 12.0, 3)
     load = os.getloadavg()[0]
-    launcher = idle(5.0 if options.quick else 30.0)
+    idles: dict[str, list[tuple[Idle, Idle]]] = {name: [] for name in WAYS}
+    for _ in range(num_runs):
+        for name, command in WAYS.items():
+            idles[name].append(idle(command, idle_s))
     with tempfile.TemporaryDirectory() as directory:
         hooks, dice = Hooks(directory), random.Random(0)
-        costs = [measure(*model, num_pairs, hooks, dice) for model in MODELS]
-    text = page(costs, launcher, num_pairs, (load, os.getloadavg()[0]))
+        costs = [measure(*model, step_s, hooks, dice) for model in MODELS]
+    text = page(costs, idles, idle_s, (load, os.getloadavg()[0]))
     print(text)
     if not options.quick:
         RESULT.write_text(text)
