@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from benchmarks.policies import POLICIES
 from benchmarks.simulation import Data, EpochResult, Job, Node, Simulation
 from cache.daemon.config import parse_bytes
 
@@ -49,6 +50,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--jobs", type=int, default=1, help="jobs with orders of their own that share the node's cache")
     parser.add_argument("--shuffle", default="windowed:4")
     parser.add_argument("--batch", type=int, default=16, help="samples of a step, over all nodes")
+    parser.add_argument(
+        "--policy", choices=POLICIES, default="farthest", help="whom to evict; the daemon's is farthest"
+    )
+    parser.add_argument("--unannounced", action="store_true", help="readers that say nothing of what they will read")
     parser.add_argument("--epochs", type=int, default=4)
     options = parser.parse_args(argv)
     samples_per_shard = max(1, round(options.data / options.shards / options.sample))
@@ -65,10 +70,11 @@ def main(argv: list[str]) -> int:
             num_epochs=options.epochs,
             world_size=options.nodes,
             starts_at_s=seed * epoch_s / options.jobs,
+            announces=not options.unannounced,
         )
         for seed in range(options.jobs)
     ]
-    simulation = Simulation(Node(options.cache, options.origin), jobs)
+    simulation = Simulation(Node(options.cache, options.origin), jobs, POLICIES[options.policy]())
     results = simulation.run()
     print(table(results, data))
     share = options.cache / data.num_bytes

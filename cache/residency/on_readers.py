@@ -52,7 +52,7 @@ def blocks_wanted(s: State, event: m.BlocksWanted) -> None:
             s.demand.add(key)
             s.hints.pop(key, None)
     if extent is not None:
-        extent.last_use_s = s.now
+        s.used(extent)
     if not want.missing and extent is not None:
         s.answer(want, extent, m.Answer(event.request_id, extent.generation))
         return
@@ -158,6 +158,7 @@ def extent_held(s: State, event: m.ExtentHeld) -> None:
     ghost = s.budget.ghosts.get((event.extent, event.generation))
     if extent is not None:
         extent.holders[event.client_id] += 1
+        s.used(extent)
     elif ghost is not None:
         ghost.holders[event.client_id] += 1
 

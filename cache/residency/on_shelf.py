@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from cache.errors import CapacityError
 from cache.residency import messages as m
-from cache.residency.pump import make_room
+from cache.residency.room import make_room
 from cache.residency.state import State
 
 

@@ -1,4 +1,4 @@
-"""What is started next, and what must go to make room for it. Functions over the machine's state; no I/O."""
+"""What is started next. Functions over the machine's state; no I/O."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from cache.residency import messages as m
 from cache.residency.blockstate import BlockMove, BlockState
 from cache.residency.budget import STALE_HOLD_S
 from cache.residency.health import Health
-from cache.residency.policy import Candidate
+from cache.residency.policy import Uses
 from cache.residency.residents import Extent
+from cache.residency.room import make_room, shrink
 from cache.residency.runs import reach, run_around
 from cache.residency.state import State
 from cache.residency.waiting import BlockKey
@@ -23,7 +24,7 @@ def pump(s: State) -> None:
     if s.health.takes_probe(s.now):
         s.actions.append(m.ProbeDisk())
     if s.budget.is_exceeded:
-        _shrink(s)
+        shrink(s)
     for key in _startable(s):
         if s.in_flight >= s.limits.max_in_flight and key not in s.from_origin:
             # What others wait for goes on all the same: two nodes full of requests to each other would never end.
@@ -274,52 +275,9 @@ def _new_extent(s: State, key: BlockKey, own_next_use: float, is_demand: bool) -
             s.room_deadline_s.setdefault(key, s.now + STALE_HOLD_S)
         return None
     generation, s.next_generation = s.next_generation, s.next_generation + 1
-    extent = s.residents.add_extent(known, extent_idx, generation, size, s.now)
+    extent = s.residents.add_extent(known, extent_idx, generation, size, s.now, Uses(s.tick()))
     extent.num_waiters = s.waiting.count_for(extent.key)
     s.budget.take(size)
     s.opening.add(extent.key)
     s.actions.append(m.CreateExtent(known.object_id, extent_idx, generation))
     return extent
-
-
-def make_room(s: State, need_bytes: int, need_files: int, own_next_use: float) -> bool:
-    """True when `need_bytes` are free now. Evicts if that is worth it; what readers still hold comes free later."""
-    budget = s.budget
-    if need_bytes > budget.bound_bytes:
-        return False
-    back_bytes, back_files = budget.expected_back(s.now)
-    short = need_bytes - budget.free_bytes - back_bytes
-    short_files = need_files - budget.free_files - back_files
-    if short > 0 or short_files > 0:
-        for victim in s.policy.choose(short, _candidates(s), own_next_use, short_files).victims:
-            s.evict(s.residents.extents[victim])
-    return need_bytes <= budget.free_bytes and need_files <= budget.free_files
-
-
-def _shrink(s: State) -> None:
-    """The bound was made smaller than what is there: evicts what it can now, the rest when nobody needs it to stay. What is pinned goes
-    only if the rest is not enough: a bound is a bound, whatever somebody wanted to keep."""
-    budget = s.budget
-    for is_pinned in (False, True):
-        candidates = _candidates(s, is_pinned=is_pinned)
-        back_bytes, back_files = budget.expected_back(s.now)
-        short = min(-budget.free_bytes - back_bytes, sum(candidate.size_bytes for candidate in candidates))
-        short_files = min(-budget.free_files - back_files, len(candidates))
-        if short > 0 or short_files > 0:
-            for victim in s.policy.choose(short, candidates, -1, short_files).victims:
-                s.evict(s.residents.extents[victim])
-
-
-def _candidates(s: State, *, is_pinned: bool = False) -> list[Candidate]:
-    return [
-        Candidate(
-            e.key,
-            e.size_bytes,
-            s.next_use_of(e.key),
-            e.last_use_s,
-            bool(e.holders),
-            is_borrowed=bool(s.origins.source_of(e.key)),
-        )
-        for e in s.residents.extents.values()
-        if e.is_evictable and e.owner.is_pinned is is_pinned
-    ]

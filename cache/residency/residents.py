@@ -17,6 +17,7 @@ from cache.blocks import (
     num_extents,
 )
 from cache.residency.blockstate import BlockMove, BlockState, moved
+from cache.residency.policy import Uses
 from cache.residency.slots import Slots
 
 STATES = tuple(BlockState)
@@ -58,6 +59,7 @@ class Extent:
     generation: int
     size_bytes: int
     last_use_s: float
+    uses: Uses
     codes: bytearray
     """Each block's state, as its place in STATES: a byte, for there are many."""
     is_open: bool = False
@@ -126,11 +128,19 @@ class Residents:
         del self.objects[known.object_id.content_id]
         self._slots.give_back(known.base, known.num_blocks + known.num_extents)
 
-    def add_extent(self, known: KnownObject, extent_idx: int, generation: int, size_bytes: int, now: float) -> Extent:
+    def add_extent(
+        self,
+        known: KnownObject,
+        extent_idx: int,
+        generation: int,
+        size_bytes: int,
+        now: float,
+        uses: Uses | None = None,
+    ) -> Extent:
         start, end = extent_span(known.object_id.size_bytes, extent_idx)
         key = ExtentId(known.object_id.content_id, extent_idx)
         codes = bytearray(num_blocks(end - start))
-        extent = self.extents[key] = Extent(key, known, generation, size_bytes, now, codes)
+        extent = self.extents[key] = Extent(key, known, generation, size_bytes, now, uses or Uses(0), codes)
         return extent
 
     def of_block(self, content_id: str, block: int) -> Extent | None:

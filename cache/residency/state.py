@@ -30,12 +30,14 @@ from cache.residency.waiting import BlockKey, Check, Waiting, Want
 class Limits:
     """How much may be under way. `max_in_flight`: fetches and checks, from all origins together; how many one origin is given is found
     out (concurrency.py). `demand_reserve`: of these, how many prefetches leave free for readers that wait. `scrub_bytes_per_s`: how fast
-    blocks are read back while nobody needs the disk; 0: never."""
+    blocks are read back while nobody needs the disk; 0: never. `full_look`: up to so many extents, each search for room
+    looks at all of them."""
 
     max_in_flight: int = 32
     demand_reserve: int = 8
     header_bytes: int = 8192
     scrub_bytes_per_s: int = 0
+    full_look: int = 512
 
 
 @dataclass
@@ -103,10 +105,14 @@ class State:
         self.disk_error: CacheError = CapacityError("the disk was refused for no reason")
         """Why the disk is not used just now."""
         self.scrubber = Scrubber(limits.scrub_bytes_per_s, rng)
+        self.shortlist: deque[ExtentId] = deque()
+        """Who goes next, as the last look at all extents had it."""
+        self.next_full_look_s = 0.0
         self.prefetch_is_stuck = False
         self.maybe_unused: set[str] = set()
         self.next_generation = 1
         self.num_evictions = 0
+        self.use_clock = 0
         self.now = 0.0
         self.actions: list[m.Action] = []
 
@@ -157,8 +163,19 @@ class State:
             self.ended(want)
             self.answer(want, extent, answer)
 
-    def answer(self, want: Want, extent: Extent, answer: m.Answer) -> None:
+    def used(self, extent: Extent) -> None:
+        """A reader is at it."""
         extent.last_use_s = self.now
+        if extent.uses.is_another_pass(self.use_clock, len(self.residents.extents)):
+            extent.uses = extent.uses.touched(self.tick())
+
+    def tick(self) -> int:
+        """An extent is touched afresh; the clock of uses."""
+        self.use_clock += 1
+        return self.use_clock
+
+    def answer(self, want: Want, extent: Extent, answer: m.Answer) -> None:
+        self.used(extent)
         extent.num_waiters += 1
         self.waiting.answered[want.event.request_id] = want
         self.actions.append(answer)

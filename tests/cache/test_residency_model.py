@@ -69,13 +69,13 @@ def windows(draw: st.DrawFn) -> list[tuple[ObjectId, int, int]]:
 
 
 def remembered(thing: object) -> dict[str, object]:
-    """The collections within the machine that are not empty (but for the free words, and what is cooling)."""
+    """The collections within the machine that are not empty (but for the free words, what is cooling, and a shortlist of guesses)."""
     found: dict[str, object] = {}
     for name, value in vars(thing).items():
         if (
             isinstance(value, dict | list | set | deque | OrderedDict)
             and value
-            and name not in ("_free", "_cooling_until_s")
+            and name not in ("_free", "_cooling_until_s", "shortlist")
         ):
             found[name] = value
         elif isinstance(value, State | Residents | Waiting | Patience | Lookahead):
@@ -88,13 +88,23 @@ class Histories(RuleBasedStateMachine):
         capacity=st.sampled_from(CAPACITIES),
         max_files=st.sampled_from([1, 2, 100]),
         limits=st.sampled_from([(4, 1), (2, 1), (1, 0), (16, 4)]),
+        full_look=st.sampled_from([0, 512]),
         found=st.lists(
             st.tuples(st.sampled_from(FILLED), st.integers(0, 2**16 - 1)), unique_by=lambda f: f[0], max_size=4
         ),
     )
-    def start(self, capacity: int, max_files: int, limits: tuple[int, int], found: list[tuple[ObjectId, int]]) -> None:
+    def start(
+        self,
+        capacity: int,
+        max_files: int,
+        limits: tuple[int, int],
+        found: list[tuple[ObjectId, int]],
+        full_look: int = 512,
+    ) -> None:
         """A daemon begins on a directory that holds files of its predecessor."""
-        self.world = World(capacity, max_files=max_files, max_in_flight=limits[0], demand_reserve=limits[1])
+        self.world = World(
+            capacity, max_files=max_files, max_in_flight=limits[0], demand_reserve=limits[1], full_look=full_look
+        )
         for generation, (object_id, mask) in enumerate(found, start=5):
             blocks = [b for b in range(min(BLOCKS_PER_EXTENT, num_blocks(object_id.size_bytes))) if mask >> b & 1]
             self.world.found(object_id, 0, generation, blocks)

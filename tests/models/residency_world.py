@@ -86,11 +86,12 @@ class World:
         max_in_flight: int = 4,
         demand_reserve: int = 1,
         num_words: int = 4096,
+        full_look: int = 512,
     ) -> None:
         self.now = 100.0
         self.machine = Residency(
             Budget(capacity_bytes, max_files, keep_free=Floor(10 * 2**20, 1)),
-            limits=Limits(max_in_flight, demand_reserve, HEADER_BYTES, scrub_bytes_per_s=1 << 50),
+            limits=Limits(max_in_flight, demand_reserve, HEADER_BYTES, scrub_bytes_per_s=1 << 50, full_look=full_look),
             policy=CheckingPolicy(self),
             rng=random.Random(7),
             num_words=num_words,
