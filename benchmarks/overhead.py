@@ -251,7 +251,7 @@ def page(
             "|---|---|---|---|---|---|---|",
             *(_cost_row(cost) for cost in costs),
             "",
-            *_verdict(costs[0]),
+            *_verdict(costs),
             "",
             f"Two ranks that train, one look a second, {seconds:.0f} s each; {len(idles['railhead'])} runs in turns, medians, and "
             "least to most. PSS: memory that is shared counts in parts.",
@@ -271,13 +271,19 @@ def page(
     )
 
 
-def _verdict(smallest: StepCost) -> list[str]:
-    """What the most exact row says."""
-    own_us, enough_ms = smallest.wall.high / 1000, smallest.wall.high / 0.005 / 1e6
+def _verdict(costs: list[StepCost]) -> list[str]:
+    """What can be said of it: the smallest step shows it most exactly, larger ones drown it in their noise."""
+    exact = costs[0].wall.middle / 1000
+    kept = [cost.name for cost in costs if cost.wall.high <= 0.005 * cost.step_ns]
+    lost = [cost.name for cost in costs if cost.wall.high > 0.005 * cost.step_ns]
     return [
         "A step has one hook after the optimizer, one wrapped `__next__`, one wrapped `backward`: some lines of Python, found in a cold "
-        "cache after each step's products. The larger the step, the smaller is that against its noise, so the smallest shows it best: "
-        f"at most {own_us:.1f} µs. That is below 0.5 % of a step that takes {enough_ms:.1f} ms or more, and above it for a shorter one.",
+        f"cache after the products of the step. The smallest step shows their cost most exactly: {exact:.1f} µs, which would be 0.5 % of "
+        f"a step of {exact / 5:.1f} ms. In larger steps it drowns in the noise (the last column), and it may be more there, for they leave "
+        "less in the cache (the CPU column).",
+        "",
+        f"Held against 0.5 % of a step, with the upper end of the interval: kept by {' and '.join(kept) or 'none'}; not shown for, or "
+        f"missed by, {' and '.join(lost) or 'none'}.",
     ]
 
 
