@@ -17,7 +17,7 @@ import socket
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 
 from launcher.gang.events import (
@@ -38,6 +38,7 @@ from launcher.node.cache_child import CacheChild
 from launcher.node.cache_peers import PeerTerms
 from launcher.node.follow import LogFollower
 from launcher.node.forking import ForkServers
+from launcher.node.gpu_memory import GpuProof
 from launcher.node.guarded import Gone, GuardedProcess, NeverBorn, Report
 from launcher.node.node_attempt import NodeAttempt
 from launcher.node.runtime_dir import RuntimeDir
@@ -105,6 +106,7 @@ class NodeAgent:
         self._selector.register(self._wake_fd, selectors.EVENT_READ, self._drain_wake)
         strays.adopt()
         self._runtime_dir = RuntimeDir()
+        self._gpu_proof = GpuProof()
         self._forks = ForkServers(spec, node.num_ranks, self._run_dir, self._base_env, self._on_fork_socket)
         self._post(self._forks.start)
         self._thread = threading.Thread(target=self._run, name=f"agent-{node.node_id}", daemon=True)
@@ -309,10 +311,14 @@ class NodeAgent:
                 self._watch,
                 self._forks,
                 self._runtime_dir,
+                self._prove_gpus_free if self._gpu_proof.is_needed else None,
                 is_sweeping=lambda: self._sweep_until_s > 0.0,
                 when_over=self._attempt_is_over,
             )
         then(self._attempt)
+
+    def _prove_gpus_free(self, pids: Collection[int], then: Callable[[str], None]) -> None:
+        self._gpu_proof.wait_until_free(pids, lambda held: self._post(lambda: then(held)))
 
     def _stop(self, attempt: int, grace_s: float, signum: int, can_save: bool) -> None:
         if self._attempt is not None and self._attempt.number == attempt:

@@ -8,7 +8,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 
 from launcher.errors import NodeError
@@ -46,6 +46,8 @@ _DRAIN_S = 0.2
 """How long the news of a rank's end may wait for its last shown lines, so that they stand before the report. More, and a stuck terminal
 would delay the stop of the others."""
 
+ProveFree = Callable[[Collection[int], Callable[[str], None]], None]
+"""Calls back in the agent's loop when the GPU memory of these dead processes is free, or with what is held all the same."""
 Watch = Callable[[GuardedProcess, Callable[[Report], None]], None]
 
 
@@ -64,6 +66,7 @@ class NodeAttempt:
         watch: Watch,
         forks: ForkServers,
         runtime_dir: RuntimeDir,
+        prove_gpus_free: ProveFree | None,
         is_sweeping: Callable[[], bool],
         when_over: Callable[[int], None],
     ) -> None:
@@ -77,6 +80,7 @@ class NodeAttempt:
         self._watch = watch
         self._forks = forks
         self._runtime_dir = runtime_dir
+        self._prove_gpus_free = prove_gpus_free
         self._temporary: dict[int, str] = {}
         self._is_sweeping = is_sweeping
         self._when_over = when_over
@@ -94,6 +98,7 @@ class NodeAttempt:
         self._is_stopping = False
         self._can_save = False
         self._is_over = False
+        self._is_proving = False
 
     # --- commands -------------------------------------------------------------------------------------------------------------------
 
@@ -336,5 +341,18 @@ class NodeAttempt:
         if self._store is not None:
             self._store.stop(0.0)
         elif not self._is_sweeping():
-            self._is_over = True
-            self._when_over(self.number)
+            if self._prove_gpus_free is not None and self._pids:
+                prove, self._prove_gpus_free = self._prove_gpus_free, None
+                self._is_proving = True
+                prove(frozenset(self._pids.values()), self._gpus_are_free)
+            if not self._is_proving:
+                self._is_over = True
+                self._when_over(self.number)
+
+    def _gpus_are_free(self, held: str) -> None:
+        """Or have been waited for long enough: then `held` says what is not."""
+        self._is_proving = False
+        if held:
+            text = f"GPU memory is not free although all ranks have ended, the next attempt may run out of it: {held}"
+            self._on_event(Notice(text, self._node.node_id))
+        self._check_over()
