@@ -22,6 +22,7 @@ nobody had said before that it would be read, so it could not be here in time; `
 
 def object_opened(s: State, event: m.ObjectOpened) -> None:
     s.residents.learn(event.object_id).clients.add(event.client_id)
+    s.opened_by.setdefault(event.client_id, set()).add(event.object_id.content_id)
 
 
 def blocks_wanted(s: State, event: m.BlocksWanted) -> None:
@@ -159,6 +160,7 @@ def extent_held(s: State, event: m.ExtentHeld) -> None:
     if extent is not None:
         extent.holders[event.client_id] += 1
         s.used(extent)
+        s.held_by.setdefault(event.client_id, set()).add(event.extent)
     elif ghost is not None:
         ghost.holders[event.client_id] += 1
 
@@ -167,13 +169,17 @@ def extent_released(s: State, event: m.ExtentReleased) -> None:
     extent = s.residents.current(event.extent, event.generation)
     if extent is not None:
         release(extent.holders, event.client_id)
+        if event.client_id not in extent.holders:
+            s.held_by.get(event.client_id, set()).discard(event.extent)
     else:
         s.budget.let_go(event.extent, event.generation, event.client_id)
 
 
 def client_gone(s: State, event: m.ClientGone) -> None:
-    for extent in s.residents.extents.values():
-        del extent.holders[event.client_id]
+    # By what is known of this client: to look at 100,000 extents each time somebody has gone would hold everybody up.
+    for key in s.held_by.pop(event.client_id, ()):
+        if (extent := s.residents.extents.get(key)) is not None:
+            del extent.holders[event.client_id]
     s.budget.forget_client(event.client_id)
     for request_id in s.waiting.of_client(event.client_id):
         s.ended(s.waiting.drop(request_id))
@@ -187,8 +193,8 @@ def client_gone(s: State, event: m.ClientGone) -> None:
         s.checks_of_table[key] = others
         if not others:
             del s.checks_of_table[key]
-    for content_id, known in s.residents.objects.items():
-        if event.client_id in known.clients:
+    for content_id in s.opened_by.pop(event.client_id, ()):
+        if (known := s.residents.objects.get(content_id)) is not None:
             known.clients.discard(event.client_id)
             s.maybe_unused.add(content_id)
 

@@ -99,6 +99,10 @@ class State:
         self.check_queue: deque[BlockKey] = deque()
         self.suspects: set[BlockKey] = set()
         """Blocks in `check_queue` that nobody waits for: a reader could not read them."""
+        self.opened_by: dict[str, set[str]] = {}
+        """Per client, the objects that it has opened (some of them may be forgotten by now)."""
+        self.held_by: dict[str, set[ExtentId]] = {}
+        """Per client, the extents whose files it may hold open."""
         self.checks_of_table: dict[ExtentId, list[m.CheckAsked]] = {}
         """Checks of files of which it is not known yet what they hold."""
         self.health = DiskHealth()
