@@ -323,6 +323,11 @@ def _kill_spare(chaos: Chaos, place: Place) -> RayNode | None:
     return spare
 
 
+def _freeze_rank(chaos: Chaos, place: Place) -> None:
+    """The others wait in their collective; the launcher names it after 10 s and starts again."""
+    _send(place.pids[0], signal.SIGSTOP)
+
+
 def _freeze_agent(chaos: Chaos, place: Place) -> None:
     _send(place.above("launcher.node.agent_host"), signal.SIGSTOP)
 
@@ -369,6 +374,7 @@ FAULTS = (
     Fault("kill_node", _kill_node),
     Fault("kill_node_of_rank_0", _kill_node_of_rank_0),
     Fault("kill_spare", _kill_spare, disturbs=False),
+    Fault("freeze_rank", _freeze_rank),
     Fault("freeze_agent", _freeze_agent),
     Fault("freeze_actor", _freeze_actor),
     Fault("cut_link", _cut_link),
