@@ -7,14 +7,21 @@ The files and variables are looked for here and not in cli.py, because they belo
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
-from collections.abc import Awaitable, Callable, Mapping
+import threading
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from cache.errors import AccessDenied
 
 if TYPE_CHECKING:
     from obstore.store import S3Credential
+
+
+ASK_AGAIN = timedelta(minutes=5, seconds=2)
+"""obstore asks for keys again five minutes before they expire. So this makes it ask every two seconds, which costs two looks at files."""
 
 
 def wants_profile(environ: Mapping[str, str], exists: Callable[[str], bool]) -> bool:
@@ -34,11 +41,7 @@ def wants_profile(environ: Mapping[str, str], exists: Callable[[str], bool]) -> 
     )
     if any(environ.get(name) for name in settled):
         return False
-    files = (
-        environ.get("AWS_SHARED_CREDENTIALS_FILE", os.path.expanduser("~/.aws/credentials")),
-        environ.get("AWS_CONFIG_FILE", os.path.expanduser("~/.aws/config")),
-    )
-    return bool(environ.get("AWS_PROFILE")) or any(exists(file) for file in files)
+    return bool(environ.get("AWS_PROFILE")) or any(exists(file) for file in _files(environ))
 
 
 def profile_settings() -> dict[str, Any]:
@@ -56,7 +59,7 @@ def profile_settings() -> dict[str, Any]:
         raise AccessDenied(f"AWS: {e}", advice="Set AWS_PROFILE to a profile in ~/.aws/config, or unset it.") from e
     settings: dict[str, Any] = {}
     if credentials is not None:
-        settings["credential_provider"] = _provider(credentials)
+        settings["credential_provider"] = ProfileCredentials(credentials)
     if region:
         settings["region"] = region
     endpoint = profile.get("endpoint_url")
@@ -65,15 +68,55 @@ def profile_settings() -> dict[str, Any]:
     return settings
 
 
-def _provider(credentials: Any) -> Callable[[], Awaitable[S3Credential]]:
-    async def provide() -> S3Credential:
-        # A refresh may ask SSO or STS over the network: not on the event loop.
-        frozen = await asyncio.to_thread(credentials.get_frozen_credentials)
-        return {
-            "access_key_id": frozen.access_key,
-            "secret_access_key": frozen.secret_key,
-            "token": frozen.token,
-            "expires_at": getattr(credentials, "_expiry_time", None),
-        }
+class ProfileCredentials:
+    """What obstore asks for keys. Looks at the profile's files again whenever they have changed, because `aws sso login`, a rotating secret
+    or a helper of the site writes new keys into them while the daemon runs; botocore reads them once. Any thread."""
 
-    return provide
+    def __init__(self, credentials: Any) -> None:
+        self._credentials = credentials
+        self._seen = _files_seen()
+        self._was_refused = False
+        self._lock = threading.Lock()
+
+    def refused(self) -> None:
+        """A store did not accept these keys: next time the whole chain is walked anew, a `credential_process` included."""
+        self._was_refused = True
+
+    async def __call__(self) -> S3Credential:
+        # A refresh may ask SSO or STS over the network, or run a program: not on the event loop.
+        return await asyncio.to_thread(self._now)
+
+    def _now(self) -> S3Credential:
+        import botocore.session
+
+        with self._lock:
+            seen = _files_seen()
+            if self._was_refused or seen != self._seen:
+                self._was_refused, self._seen = False, seen
+                # None while somebody is writing the file, or has logged out: the old keys say it better than no keys.
+                self._credentials = botocore.session.Session().get_credentials() or self._credentials
+            frozen = self._credentials.get_frozen_credentials()
+            ask_again_at = datetime.now(UTC) + ASK_AGAIN
+            return {
+                "access_key_id": frozen.access_key,
+                "secret_access_key": frozen.secret_key,
+                "token": frozen.token,
+                "expires_at": min(getattr(self._credentials, "_expiry_time", None) or ask_again_at, ask_again_at),
+            }
+
+
+def _files(environ: Mapping[str, str]) -> tuple[str, str]:
+    return (
+        environ.get("AWS_SHARED_CREDENTIALS_FILE", os.path.expanduser("~/.aws/credentials")),
+        environ.get("AWS_CONFIG_FILE", os.path.expanduser("~/.aws/config")),
+    )
+
+
+def _files_seen() -> tuple[tuple[int, ...], ...]:
+    """What changes when one of the files does."""
+    found = []
+    for path in _files(os.environ):
+        with contextlib.suppress(OSError):
+            status = os.stat(path)
+            found.append((status.st_ino, status.st_mtime_ns, status.st_size))
+    return tuple(found)

@@ -14,10 +14,11 @@ import builtins
 import os
 import re
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import obstore
 from obstore.exceptions import (
@@ -29,7 +30,7 @@ from obstore.exceptions import (
 )
 from obstore.store import AzureStore, GCSStore, HTTPStore, S3Store
 
-from cache.errors import ObjectNotFound, OriginError, OriginMisconfigured
+from cache.errors import AccessDenied, ObjectNotFound, OriginError, OriginMisconfigured
 from cache.origin import failures, urls
 from cache.origin.aws_profile import profile_settings
 from cache.origin.failures import Failure
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
 
     from cache.origin.urls import Location
 
+T = TypeVar("T")
+
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _WRITE_TIMEOUT_S = 3600.0
 _SIGNED_FOR = timedelta(minutes=15)
@@ -52,6 +55,8 @@ _SIGNATURE_USED_S = 300.0
 _MAX_SIGNATURES = 4096
 _NOT_PLAIN_S = 600.0
 """After an answer that only the store's client understands, how long it is asked without trying the plain way first."""
+_RENEW_EVERY_S = 5.0
+"""So often refused keys are read anew, at most: an object that nobody may read is no reason to run a program for each try."""
 SCHEMES = frozenset({"s3", "gs", "az", "abfs", "abfss", "http", "https"})
 
 
@@ -65,8 +70,10 @@ class ObstoreOrigin:
         self._writing_store: ObjectStore | None = None
         self._signed: dict[str, tuple[float, PlainTarget]] = {}
         self._not_plain_until_s = 0.0
+        self._renewed_s = float("-inf")
         try:
-            self._store = _store(location, options)
+            self._profile = profile_settings() if location.scheme == "s3" else {}
+            self._store = _store(location, options, self._profile)
         except (BaseError, ValueError) as e:
             raise OriginMisconfigured(
                 f"no client for {location.root}: {_first_line(e)}",
@@ -75,6 +82,9 @@ class ObstoreOrigin:
             ) from e
 
     async def head(self, url: str) -> ObjectInfo:
+        return await self._renewing(partial(self._head, url))
+
+    async def _head(self, url: str) -> ObjectInfo:
         path = self._path(url)
         try:
             meta = await obstore.head_async(self._store, path)
@@ -137,6 +147,27 @@ class ObstoreOrigin:
     def forget_signature(self, url: str) -> None:
         """The store did not accept it: the credentials may have changed."""
         self._signed.pop(self._path(url), None)
+        self._renew()
+
+    async def _renewing(self, ask: Callable[[], Awaitable[T]]) -> T:
+        """`ask`, and once more with new keys where those of a profile were refused: they may have been replaced a moment ago."""
+        try:
+            return await ask()
+        except AccessDenied:
+            if not self._renew():
+                raise
+        return await ask()
+
+    def _renew(self) -> bool:
+        """Reads the profile's keys anew. False: there is none, or that was done a moment ago."""
+        credentials, now_s = self._profile.get("credential_provider"), time.monotonic()
+        if credentials is None or now_s - self._renewed_s < _RENEW_EVERY_S:
+            return False
+        self._renewed_s = now_s
+        credentials.refused()
+        self._signed.clear()
+        self._store = _store(self._location, self._options, self._profile)  # The old one remembers the keys.
+        return True
 
     def is_not_plain(self) -> None:
         """The store's client could read what the plain way could not."""
@@ -144,7 +175,7 @@ class ObstoreOrigin:
 
     async def list(self, prefix_url: str) -> AsyncIterator[ObjectInfo]:
         location = urls.parse(prefix_url)
-        found = [] if self._is_http else await self._below(location)
+        found = [] if self._is_http else await self._renewing(partial(self._below, location))
         if not found:
             if not location.key:
                 raise ObjectNotFound(
@@ -174,7 +205,7 @@ class ObstoreOrigin:
         if self._writing_store is None:
             # Seen: a read timeout also runs while a body is being sent, and cut off uploads that took longer than that.
             slow = replace(self._options, read_timeout_s=_WRITE_TIMEOUT_S, request_timeout_s=_WRITE_TIMEOUT_S)
-            self._writing_store = _store(self._location, slow)
+            self._writing_store = _store(self._location, slow, self._profile)
         try:
             # One request whatever the size: multipart would give an etag of another form and two ways to fail.
             await obstore.put_async(self._writing_store, self._path(url), memoryview(data), use_multipart=False)
@@ -218,7 +249,8 @@ class ObstoreOrigin:
         return first
 
 
-def _store(location: Location, options: OriginOptions) -> ObjectStore:
+def _store(location: Location, options: OriginOptions, profile: dict[str, Any]) -> ObjectStore:
+    """`profile`: settings out of the user's AWS profile."""
     client: ClientConfig = {
         # Harmless where it is not wanted: without an http:// endpoint from the user, every url that obstore builds is https.
         "allow_http": True,
@@ -232,7 +264,7 @@ def _store(location: Location, options: OriginOptions) -> ObjectStore:
     common: dict[str, Any] = {"client_options": client, "retry_config": retry}
     match location.scheme:
         case "s3":
-            return S3Store(location.bucket, **common, **profile_settings())
+            return S3Store(location.bucket, **common, **profile)
         case "gs":
             return GCSStore(location.bucket, **common)
         case "az" | "abfs" | "abfss":
