@@ -36,6 +36,7 @@ from launcher.gang.events import (
     FabricSurveyed,
     Finish,
     LetGo,
+    ModulesLearnt,
     NodeLost,
     Notice,
     OpenStore,
@@ -221,6 +222,8 @@ class Controller:
             if isinstance(event, OutputEnded):
                 self._output_ended.add((event.attempt, event.node_id))
                 continue
+            if isinstance(event, ModulesLearnt):
+                continue  # the cluster's business, where it has several nodes
             if isinstance(event, NodeProgress | StacksTaken):
                 self._look(event)
                 continue

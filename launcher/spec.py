@@ -275,6 +275,15 @@ class JobSpec:
     exclude_file: str = ""
     """Where bad nodes are remembered across jobs; `none`: nowhere. Empty: below the user's state directory."""
 
+    @property
+    def may_start_again(self) -> bool:
+        """Whether another attempt may follow a failure, or a change of the nodes.
+
+        >>> JobSpec(Program(ProgramKind.SCRIPT, "train.py"), spare_nodes=1).may_start_again
+        True
+        """
+        return self.restarts.max_restarts > 0 or self.max_nodes > self.min_nodes or self.spare_nodes > 0
+
     def line_prefix(self, rank: int, local_rank: int) -> str:
         """What stands before each line of this rank on the terminal.
 

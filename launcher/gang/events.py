@@ -314,6 +314,14 @@ class FabricFound:
 
 
 @dataclass(frozen=True)
+class ModulesLearnt:
+    """A rank of this node has imported these installed modules."""
+
+    node_id: str
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Notice:
     """Something that a person should read once, in a sentence, with its advice. `node_id` None: the launcher itself."""
 
@@ -331,7 +339,7 @@ class ClusterLost:
     reason: str
 
 
-Event = Fact | Notices | FabricSurveyed | TransportSeen | NodeProgress | StacksTaken | ClusterLost
+Event = Fact | Notices | ModulesLearnt | FabricSurveyed | TransportSeen | NodeProgress | StacksTaken | ClusterLost
 
 
 @dataclass(frozen=True)

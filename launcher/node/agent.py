@@ -25,6 +25,7 @@ from launcher.gang.events import (
     AttemptPlan,
     CacheFailed,
     Event,
+    ModulesLearnt,
     NodeFailed,
     NodeLost,
     Notice,
@@ -143,6 +144,10 @@ class NodeAgent:
         may come later, behind a slow terminal."""
         self._post(lambda: self._stop(attempt, grace_s, signum, can_save))
 
+    def share_imports(self, names: tuple[str, ...]) -> None:
+        """Ranks on another node have imported these modules: should ranks ever start here, they find them in memory."""
+        self._post(lambda: self._forks.learn_names(names))
+
     def share_cache(self, addresses: tuple[str, ...]) -> None:
         """These are the addresses of the job's cache daemons now, HOST:PORT each, this node's among them."""
 
@@ -225,7 +230,9 @@ class NodeAgent:
         if self._attempt is not None and self._forks.wants_modules:
             found = self._attempt.find_modules_file()
             if found is not None:
-                self._forks.learn(found)
+                names = self._forks.learn(found)
+                if names and self._spec.max_nodes + self._spec.spare_nodes > 1:
+                    self._on_event(ModulesLearnt(self._node.node_id, names))
 
     def _is_idle(self) -> bool:
         return self._attempt is None and self._cache is None and self._sweep_until_s == 0.0

@@ -210,21 +210,26 @@ class ForkServers:
     @property
     def wants_modules(self) -> bool:
         """A rank's list of modules would be of use, for the next attempt."""
-        may_restart = self._spec.restarts.max_restarts > 0 or self._spec.max_nodes > self._spec.min_nodes
-        return self._current is not None and may_restart and not self._modules_file and not self._outlook.any_setting
+        is_known = bool(self._modules_file) or self._outlook.any_setting
+        return self._current is not None and self._spec.may_start_again and not is_known
 
-    def learn(self, modules_file: str) -> None:
-        """A rank has written down its modules: the next attempt shall find them in memory."""
+    def learn(self, modules_file: str) -> tuple[str, ...]:
+        """A rank has written down its modules: the next attempt shall find them in memory. Returns the names of those that it may."""
+        names = installed_modules(modules_file)
+        self.learn_names(names)
+        return tuple(names)
+
+    def learn_names(self, names: Sequence[str]) -> None:
+        """The same, of modules that ranks have imported on this node or on another."""
         if not self.wants_modules:
             return
-        names = installed_modules(modules_file)
         path = os.path.join(self._run_dir, f"fork_modules_{os.getpid()}.json")
         self._modules_file = path
         if not names:
             return
         try:
             with open(path, "w") as file:
-                json.dump(names, file)
+                json.dump(list(names), file)
         except OSError:
             return
         self._try_next("torch" in names)

@@ -20,18 +20,21 @@ from launcher.gang.events import (
     AttemptPlan,
     CacheFailed,
     ExitStatus,
+    ModulesLearnt,
     NodeFailed,
     NodeLost,
     Notice,
     OutputEnded,
     RankExited,
     StoreAddress,
+    StoreOpened,
 )
-from launcher.gang.world import NodeInfo, arrange
+from launcher.gang.world import NodeInfo, World, arrange
 from launcher.node import agent, cache_child
+from launcher.node.agent import NodeAgent
 from launcher.node.node_attempt import NodeAttempt
-from launcher.spec import CacheOptions
-from tests.contracts.cluster_contract import House
+from launcher.spec import CacheOptions, JobSpec, Program, ProgramKind
+from tests.contracts.cluster_contract import House, Recorder
 from tests.launcher.launched import Process, children_of, wait_until
 
 
@@ -175,3 +178,26 @@ def test_ranks_below_a_parent_that_blocks_sigint_are_interrupted_all_the_same(tm
         host.wait(30)
     ends = [event.status for event in events if isinstance(event, RankExited)]
     assert ends == [ExitStatus(signum=signal.SIGINT)] * 2
+
+
+def test_what_ranks_import_is_told_and_a_spare_node_takes_it_into_memory(tmp_path: Path) -> None:
+    """A spare has had no rank that could tell, and would import everything only when a lost node's ranks start there."""
+    (tmp_path / "train.py").write_text("import tomllib")
+    spec = JobSpec(Program(ProgramKind.SCRIPT, "train.py"), cwd=str(tmp_path), spare_nodes=1)
+    nodes = [NodeInfo(name, name, "127.0.0.1", 1) for name in ("gang", "spare")]
+    sink = Recorder()
+    agents = []
+    for node in nodes:
+        (tmp_path / node.node_id).mkdir()
+        agents.append(NodeAgent(node, spec, str(tmp_path / node.node_id), os.environ, sink.put, sink.put_log))
+    try:
+        agents[0].open_store(0)
+        opened = sink.wait_for(StoreOpened)[0]
+        agents[0].start_ranks(AttemptPlan(0, World((nodes[0],)), opened.address))
+        learnt = sink.wait_for(ModulesLearnt)[0]
+        assert "tomllib" in learnt.names
+        agents[1].share_imports(learnt.names)
+        wait_until(lambda: bool(list((tmp_path / "spare").glob("fork_modules_*.json"))), "the spare to take it")
+    finally:
+        for agent in agents:
+            agent.close()

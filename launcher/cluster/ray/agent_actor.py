@@ -113,6 +113,9 @@ class AgentActor:
     def stop_attempt(self, attempt: int, grace_s: float, signum: int, can_save: bool = False) -> None:
         self._send("stop_attempt", attempt, grace_s, signum, can_save)
 
+    def share_imports(self, names: tuple[str, ...]) -> None:
+        self._send("share_imports", names)
+
     def share_cache(self, addresses: tuple[str, ...]) -> None:
         self._send("share_cache", addresses)
 

@@ -30,6 +30,7 @@ from launcher.errors import RequestRefused
 from launcher.exclusion_file import NOWHERE, ExclusionFile
 from launcher.gang.events import (
     Event,
+    ModulesLearnt,
     NodeDraining,
     NodeJoined,
     NodeLost,
@@ -65,6 +66,8 @@ class RayCluster:
         self._lifelines = Lifelines()
         self._events, self._outputs = Waiter("events"), Waiter("outputs")
         self._packer = Packer()
+        self._imports: tuple[str, ...] = ()
+        """Modules that ranks have imported, once a node has told."""
         self._cache_peers = CachePeers(self._share_cache)
         self._keeper: Keeper | None = None
         self._changed = threading.Condition()
@@ -292,11 +295,13 @@ class RayCluster:
         info = topology.with_label(bare, topology.labels(), node.node_id, agent.hello.nvlink_domain)
         key = self._cache_peers.key_for(self._spec)
         port = agent.actor.begin.remote(info, self._spec, self._run_dir, agent.hello.cwd, key)
-        tap = _Tap(self._sink, self._lost, self._leaving, self._left, self._cache_peers)
+        tap = _Tap(self._sink, self._lost, self._leaving, self._left, self._cache_peers, self._learnt)
         remote = RemoteNode(info, agent.actor, tap, self._terms, self._events, self._outputs, self._packer)
         with self._changed:
             self._nodes[info.node_id] = remote
         remote.start()
+        if self._imports:
+            remote.share_imports(self._imports)
         self._events.when(port, lambda answer: self._connect(remote, answer))
         return info
 
@@ -318,6 +323,14 @@ class RayCluster:
             node = self._nodes.get(node_id)
         if node is not None:
             self._let_go(node)
+
+    def _learnt(self, event: ModulesLearnt) -> None:
+        """Nodes without ranks of their own (spares) have it from those that have."""
+        if not self._imports:
+            self._imports = event.names
+            for node in self._held():
+                if node.node.node_id != event.node_id:
+                    node.share_imports(event.names)
 
     def _share_cache(self, addresses: tuple[str, ...]) -> None:
         for node in self._held():
@@ -362,14 +375,19 @@ class _Tap:
         leaving: Leaving,
         on_left: Callable[[str], None],
         cache_peers: CachePeers,
+        on_modules: Callable[[ModulesLearnt], None],
     ) -> None:
         self._sink = sink
+        self._on_modules = on_modules
         self._cache_peers = cache_peers
         self._on_lost, self._on_left = on_lost, on_left
         self._leaving = leaving
 
     def put(self, event: Event) -> None:
         if isinstance(event, NodeDraining) and not self._leaving.tell(event.node_id):
+            return
+        if isinstance(event, ModulesLearnt):
+            self._on_modules(event)
             return
         self._cache_peers.heard(event)
         self._sink.put(event)

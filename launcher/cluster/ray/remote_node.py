@@ -69,6 +69,10 @@ class RemoteNode:
     def stop_attempt(self, attempt: int, grace_s: float, signum: int, can_save: bool = False) -> None:
         self._tell("stop_attempt", attempt, grace_s, signum, can_save)
 
+    def share_imports(self, names: tuple[str, ...]) -> None:
+        """What ranks on another node have imported."""
+        self._tell("share_imports", names)
+
     def share_cache(self, addresses: tuple[str, ...]) -> None:
         """Tells its cache daemon where the job's daemons are."""
         self._tell("share_cache", addresses)
