@@ -93,6 +93,9 @@ class History:
         held = (*(self.world.nodes if self.world else ()), *self.spares)
         return tuple(node for node in held if node.node_id not in lost and node.node_id not in self.draining)
 
+    def when_to_grow(self, now: float) -> float | None:
+        return now + self.rules.grow_delay_s if self.can_grow() else None
+
     def num_gone_with(self, failure: Failure, good: int) -> int:
         """Ranks that ran and have gone with it, or hold up the others. good: those that had ended well before, as bits."""
         if isinstance(failure, NodeLost) and self.world is not None:

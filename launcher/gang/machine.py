@@ -95,7 +95,7 @@ class OpeningStore:
         match event:
             case StoreOpened(address=address):
                 plan = AttemptPlan(self.history.attempt, _world(self.history), address)
-                return Running(self.history, grow_at_s=_when_to_grow(self.history, now)), (StartRanks(plan),)
+                return Running(self.history, grow_at_s=self.history.when_to_grow(now)), (StartRanks(plan),)
             case NodeFailed() | NodeLost():
                 return _stop_failed(self.history, event, now, num_others=0)
             case NodeDraining():
@@ -130,7 +130,7 @@ class Running:
                 num_others = self._num_running() - self.history.num_gone_with(event, self.good)
                 return _stop_failed(self.history, failure, now, num_others)
             case NodeJoined():
-                return replace(self, grow_at_s=_when_to_grow(self.history, now)), ()
+                return replace(self, grow_at_s=self.history.when_to_grow(now)), ()
             case NodeDraining():
                 return _stop_preempted(self.history, event, now, self.good)
             case StopRequested(signum=signum):
@@ -340,10 +340,6 @@ def stay(state: State) -> Move:
 def _world(history: History) -> World:
     assert history.world is not None, "every state after Placing has a world"
     return history.world
-
-
-def _when_to_grow(history: History, now: float) -> float | None:
-    return now + history.rules.grow_delay_s if history.can_grow() else None
 
 
 def _open_store(history: History, now: float) -> Move:

@@ -259,6 +259,7 @@ class NodeAgent:
             if progress is not None:
                 self._on_event(progress)
             self._attempt.look_at_nccl()
+            self._attempt.look_at_endings()
 
     def _sweep(self) -> None:
         now = time.monotonic()

@@ -13,7 +13,7 @@ from functools import partial
 
 from launcher.errors import NodeError
 from launcher.gang import rank_env
-from launcher.gang.causes import unheard_exception
+from launcher.gang.causes import exception_line, unheard_exception
 from launcher.gang.events import (
     AttemptPlan,
     Event,
@@ -29,7 +29,7 @@ from launcher.gang.observations import NodeProgress, RankStack, StacksTaken
 from launcher.gang.rank_env import RankPlaces, Setting
 from launcher.gang.world import Member, NodeInfo
 from launcher.node import stacks, store
-from launcher.node.failure import Left, last_lines, what_was_left
+from launcher.node.failure import Left, last_lines, read_exception, what_was_left
 from launcher.node.follow import LogFollower, Source
 from launcher.node.forking import ForkServer, ForkServers
 from launcher.node.guarded import Exited, Gone, GuardedProcess, NeverBorn, Report, Started, StartFailed
@@ -45,6 +45,9 @@ from launcher.spec import JobSpec, ProgramKind, Stream
 _DRAIN_S = 0.2
 """How long the news of a rank's end may wait for its last shown lines, so that they stand before the report. More, and a stuck terminal
 would delay the stop of the others."""
+
+_SLOW_END_S = 3.0
+"""A rank that has raised an exception is gone in less than a second, unless its clean-up takes long."""
 
 ProveFree = Callable[[Collection[int], Callable[[str], None]], None]
 """Calls back in the agent's loop when the GPU memory of these dead processes is free, or with what is held all the same."""
@@ -99,6 +102,7 @@ class NodeAttempt:
         self._can_save = False
         self._is_over = False
         self._is_proving = False
+        self._told_of_ending: set[int] = set()
 
     # --- commands -------------------------------------------------------------------------------------------------------------------
 
@@ -160,6 +164,19 @@ class NodeAttempt:
             if process.pid and process.status is None
         )
         return NodeProgress(self.number, self._node.node_id, time.time(), samples) if samples else None
+
+    def look_at_endings(self) -> None:
+        """Says so once of a rank that has raised an exception and does not end (a clean-up that hangs, threads that go on): its end is what
+        would be reported."""
+        for rank, process in self._ranks.items():
+            if not process.pid or process.status is not None or rank in self._told_of_ending:
+                continue
+            files = self._files[rank]
+            exception = read_exception(files.error_file)
+            if exception is not None and time.time() > exception.at_s + _SLOW_END_S:
+                self._told_of_ending.add(rank)
+                words = f"rank {rank} has raised {exception_line(exception, 200)}, and its process has not ended yet"
+                self._on_event(Notice(f"{words}; log {files.stderr_log}", self._node.node_id))
 
     def take_stacks(self, look: int, is_final: bool) -> None:
         """Where the ranks stand. Returns at once; StacksTaken follows."""

@@ -89,7 +89,8 @@ def test_a_value_error_on_one_rank_is_told_on_the_first_line_and_once_in_few_lin
         code, out, err = launched.finish()
         data = json.loads((launched.run_dir / "failure.json").read_text())
         log = (launched.run_dir / "attempt_0" / "rank_0" / "stderr.log").read_text()
-    lines = [*out.splitlines(), *err.splitlines()]
+    # On a crowded machine an interpreter may take seconds to end, which is said.
+    lines = [line for line in (*out.splitlines(), *err.splitlines()) if "has not ended yet" not in line]
     assert code == 1
     assert "rank 1 on" in lines[1], err
     assert "ValueError: it broke" in lines[1]
@@ -109,7 +110,7 @@ def test_a_shown_ranks_own_traceback_stands_once_and_below_its_cause(tmp_path: P
         log = (launched.run_dir / "attempt_0" / "rank_0" / "stderr.log").read_text()
     lines = err.splitlines()
     assert lines[1].endswith("words before")
-    assert "failed: ValueError: it broke" in lines[2]
+    assert any("failed: ValueError: it broke" in line for line in lines[2:4])
     assert err.count("Traceback") == 1
     assert log.count("Traceback") == 1, "the file has everything"
 
@@ -130,7 +131,11 @@ def test_a_traceback_of_a_rank_that_does_not_end_is_shown_after_a_moment(tmp_pat
             line = launched.process.stderr.readline()
             assert line, seen
             seen += line
-        assert b"[rank0] Traceback" in seen
+        assert b"[rank0] Traceback" in seen or b"has raised ValueError: it broke" in seen
+        while b"[rank0] ValueError: it broke" not in seen or b"has raised ValueError: it broke" not in seen:
+            line = launched.process.stderr.readline()
+            assert line, seen
+            seen += line
         (tmp_path / "go").touch()
         assert launched.finish()[0] == 1
 
