@@ -197,7 +197,8 @@ def run(num_objects: int, repeats: int) -> dict[str, list[Result]]:
         where.proxy.set(first_byte_s=0.03, rate_per_connection=60e6, rate_total=LINK_RATE)
         for _ in range(repeats):
             for name, trial in trials.items():
-                result = trial(where)
+                load = os.getloadavg()[0]
+                result = trial(where) | {"load_before": load}
                 results.setdefault(name, []).append(result)
                 print(f"{name}: {result}", file=sys.stderr, flush=True)
     return results
@@ -228,6 +229,11 @@ def report(results: dict[str, list[Result]], num_objects: int, repeats: int, com
             f"| {name} | {_spread(trials, 'share', '.3f')} D | {epochs} | {_spread(trials, 'longest_s', '.2f')} | "
             f"{_spread(trials, 'seconds', '.1f')} | {faults} | {reasons} |"
         )
+    loads = [trial["load_before"] for trials in results.values() for trial in trials]
+    lines.append(
+        f"\nLoad of this machine before a trial (processes that want its {os.cpu_count()} cores, the trial before included): "
+        f"{median(loads):.1f} (most {max(loads):.1f})."
+    )
     lines.append(
         "\n`After each epoch` and the last column are those of the last repeat. Other tools, on this machine, two nodes, three epochs, "
         "full shuffle: LitData 1.78 D, fsspec's filecache 1.72 D (measured before, not in this run)."
