@@ -169,12 +169,15 @@ def run(plan: Plan) -> tuple[list[dict[str, Any]], dict[str, str]]:
                 for num_workers in plan.workers
             ]
             results = []
-            with ProxyProcess(
-                server.endpoint,
-                first_byte_s=plan.first_byte_s,
-                rate_per_connection=plan.rate_per_connection,
-                rate_total=plan.rate_total,
-            ) as proxy:
+            with (
+                ProxyProcess(
+                    server.endpoint,
+                    first_byte_s=plan.first_byte_s,
+                    rate_per_connection=plan.rate_per_connection,
+                    rate_total=plan.rate_total,
+                ) as proxy,
+                contextlib.suppress(KeyboardInterrupt),
+            ):  # then the page has what was measured by then
                 for repeat in range(plan.repeats):
                     order = random.Random(plan.seed + repeat).sample(trials, len(trials))
                     for name, num_workers, demand in order:
@@ -227,6 +230,7 @@ def main(argv: list[str]) -> int:
         demands=tuple(options.demands.split(",")),
         workers=tuple(int(n) for n in options.workers.split(",")),
     )
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         results, left_out = run(plan)
     except WeedMissing as e:

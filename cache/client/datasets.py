@@ -12,7 +12,7 @@ any thread.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from cache.client.formats.ports import Unit, ValueFormat
 from cache.client.formats.tokens import TokenFormat
 from cache.client.handles import OpenShards
 from cache.client.indexing import AnyFormat, build_index
+from cache.client.stats import ReaderStats
 from cache.client.units import DEFAULT_MAX_BYTES, Units
 from cache.errors import FormatError
 
@@ -34,8 +35,8 @@ Parquet), and `__key__`, `__url__`, `__index__`."""
 Decode = Callable[[RawSample], Any]
 
 
-class FileBytes(Protocol):
-    def read(self, offset: int, length: int) -> bytes: ...
+Asked = tuple[int, int, Described]
+"""A sample that is to be read: its number, its shard's, and what the index says of it."""
 
 
 class ShardDataset(Dataset[Any]):
@@ -87,15 +88,10 @@ class ShardDataset(Dataset[Any]):
         numbers, shard_idxs = numbers[order], shards[order].tolist()
         described = self.index.described(numbers)
         asked = list(zip(numbers.tolist(), shard_idxs, described, strict=True))
+        raws = self._fetch_files(numbers, asked) if self._values is None else self._fetch_values(numbers, asked)
         fetched: list[Any] = [None] * len(asked)
-        stats = self.cache.stats()
-        misses = stats.misses
-        for done, place in enumerate(order.tolist()):
-            fetched[place] = self._fetch(*asked[done])
-            if stats.misses != misses:
-                # Something was not resident: the rest of the batch is asked for now, so that the waiting times overlap.
-                self._prefetch(numbers[done + 1 :], asked[done + 1 :])
-                misses = -1
+        for place, raw in zip(order.tolist(), raws, strict=True):
+            fetched[place] = raw
         return [self._decoded(raw) for raw in fetched]
 
     @property
@@ -130,24 +126,53 @@ class ShardDataset(Dataset[Any]):
         self._shards = OpenShards(self.cache)
         self._units = Units(self._unpacked_bytes)
 
-    def _fetch(self, sample: int, shard_idx: int, described: Described) -> RawSample:
-        if self._values is not None:
-            return self._fetch_values(sample, shard_idx, described, self._values)
-        shard = self.index.shards[shard_idx]
-        handle = self._shards.get(shard)
-        read = handle.view if self._zero_copy else handle.read
-        spans = [(start, read(start, length)) for start, length in described.spans]
-        raw: RawSample = {"__key__": described.key, "__url__": shard.url, "__index__": sample}
+    def _fetch_files(self, numbers: Ints, asked: list[Asked]) -> list[RawSample]:
+        """Members as they are stored. First all that is to be read, then the reads, then the samples: large reads drive everything else out
+        of the processor's caches, so little else is done between them."""
+        stats = self.cache.stats()
+        reads = []
+        for _, shard_idx, described in asked:
+            handle = self._shards.get(self.index.shards[shard_idx])
+            read = handle.view if self._zero_copy else handle.read
+            reads.append([(read, start, length) for start, length in described.spans])
+        misses = stats.misses
+        data: list[list[bytes | memoryview]] = []
+        for spans in reads:
+            data.append([read(start, length) for read, start, length in spans])
+            if stats.misses != misses:
+                # Something was not resident: the rest of the batch is asked for now, so that the waiting times overlap.
+                self._prefetch(numbers[len(data) :], asked[len(data) :])
+                stats, misses = ReaderStats(), 0
+        return [self._joined(sample, pieces) for sample, pieces in zip(asked, data, strict=True)]
+
+    def _joined(self, asked: Asked, pieces: list[bytes | memoryview]) -> RawSample:
+        """A sample out of the pieces that hold its members."""
+        sample, shard_idx, described = asked
+        raw: RawSample = {"__key__": described.key, "__url__": self.index.shards[shard_idx].url, "__index__": sample}
         for extension, offset, length in described.members:
-            for start, data in spans:
-                if start <= offset and offset + length <= start + len(data):
-                    raw[extension] = data if len(data) == length else data[offset - start : offset - start + length]
+            for (start, size), data in zip(described.spans, pieces, strict=True):
+                if start <= offset and offset + length <= start + size:
+                    raw[extension] = data if size == length else data[offset - start : offset - start + length]
                     break
         if self.index.class_ids is not None:
             raw["cls"] = str(self.index.class_ids[sample]).encode()
         return raw
 
-    def _fetch_values(self, sample: int, shard_idx: int, described: Described, values: ValueFormat) -> RawSample:
+    def _fetch_values(self, numbers: Ints, asked: list[Asked]) -> list[RawSample]:
+        """Columns, as the format makes them of what is stored."""
+        stats = self.cache.stats()
+        misses = stats.misses
+        raws = []
+        for sample in asked:
+            raws.append(self._unpacked(*sample))
+            if stats.misses != misses:
+                self._prefetch(numbers[len(raws) :], asked[len(raws) :])
+                stats, misses = ReaderStats(), 0
+        return raws
+
+    def _unpacked(self, sample: int, shard_idx: int, described: Described) -> RawSample:
+        values = self._values
+        assert values is not None
         shard = self.index.shards[shard_idx]
         extension, offset, length = described.members[0]
         try:
@@ -173,7 +198,7 @@ class ShardDataset(Dataset[Any]):
             ) from error
         return {**columns, "__key__": described.key, "__url__": shard.url, "__index__": sample}
 
-    def _prefetch(self, numbers: Ints, asked: Sequence[tuple[int, int, Described]]) -> None:
+    def _prefetch(self, numbers: Ints, asked: list[Asked]) -> None:
         """A unit is asked for once, however many of its samples are among these."""
         for first in np.unique(self.index.unit_of(numbers), return_index=True)[1].tolist():
             _, shard_idx, described = asked[first]

@@ -165,25 +165,40 @@ def _ask(
 def _read_body(
     run: BlockFetch, connection: RangeConnection, first: int, url: str, start: int, end: int, stall_s: float
 ) -> bool:
-    """True: the body was read to its end, so the connection can be used again."""
+    """True: the body was read to its end, so the connection can be used again.
+
+    Bytes are written by whole blocks where they come: what is written in the pieces in which a socket gives them lies in small pages of the
+    page cache, and every later hit of it costs two to three times as much (192 KiB: 22 µs in pieces of 30 kB, 11 in blocks). Nobody
+    waits longer for it, since a block counts when it is whole."""
     buffer = _buffer()
     at, length = first, run.length
     while at < length:
-        try:
-            count = connection.read_into(buffer[: min(len(buffer), length - at)])
-        except OSError as error:
+        wanted = min(BLOCK_BYTES - at % BLOCK_BYTES, length - at)
+        filled, failure = _fill(connection, buffer[:wanted])
+        is_more = run.put(at, buffer[:filled])
+        at += filled
+        if not is_more:
+            return at == length
+        if failure is not None:
             if run.is_closed:
                 return False
-            raise transport_error(url, error, stall_s) from error
-        if count == 0:
+            raise transport_error(url, failure, stall_s) from failure
+        if filled < wanted:
             if run.is_closed:
                 return False
             raise failures.cut_short(url, start, end, at - first)
-        is_more = run.put(at, buffer[:count])
-        at += count
-        if not is_more:
-            return at == length
     return True
+
+
+def _fill(connection: RangeConnection, buffer: memoryview) -> tuple[int, OSError | None]:
+    """How much came: less than there is room for when the body ends, or breaks off with this failure."""
+    filled = 0
+    try:
+        while filled < len(buffer) and (count := connection.read_into(buffer[filled:])):
+            filled += count
+    except OSError as error:
+        return filled, error
+    return filled, None
 
 
 def _buffer() -> memoryview:
