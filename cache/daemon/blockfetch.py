@@ -167,9 +167,9 @@ def _read_body(
 ) -> bool:
     """True: the body was read to its end, so the connection can be used again.
 
-    Bytes are written by whole blocks where they come: what is written in the pieces in which a socket gives them lies in small pages of the
-    page cache, and every later hit of it costs two to three times as much (192 KiB: 22 µs in pieces of 30 kB, 11 in blocks). Nobody
-    waits longer for it, since a block counts when it is whole."""
+    Bytes are written by whole blocks: what is written in the pieces in which a socket gives them lies in small pages of the page cache, and
+    every later hit of it costs two to three times as much (benchmarks/pages.py). Nobody waits longer, since a block counts when it is
+    whole."""
     buffer = _buffer()
     at, length = first, run.length
     while at < length:
