@@ -10,14 +10,17 @@ tensors has one) and removes it when the interpreter ends, which a killed one ne
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import secrets
 import shutil
+import socket
 import stat
 import tempfile
 
-_OF_AN_AGENT = re.compile(r"agent-(\d+)-(\d+)-\w+$")
+_OF_AN_AGENT = re.compile(r"agent-([0-9a-f]+)-(\d+)-(\d+)-\w+$")
+"""Namespace, process and its start, and chance, as one process may have several agents."""
 _SOCKET_OF_A_PROCESS = re.compile(r"[0-9a-f]{16}-(\d+)\.sock$")
 _MAX_PATH = 80
 """Socket paths end at 107 bytes, and multiprocessing appends `/listener-xxxxxxxx`."""
@@ -47,8 +50,9 @@ class RuntimeDir:
         with contextlib.suppress(OSError):
             base = private_directory()
             sweep(base)
-            pid = os.getpid()  # which may have several agents
-            self._path = os.path.join(base, f"agent-{pid}-{_start_ticks(pid)}-{secrets.token_hex(2)}")
+            pid = os.getpid()
+            name = f"agent-{_namespace()}-{pid}-{_start_ticks(pid)}-{secrets.token_hex(2)}"
+            self._path = os.path.join(base, name)
 
     def make_for_rank(self, records: str) -> str:
         """A fresh directory for one rank, with a link to it in the directory of its records; empty if there is none."""
@@ -79,18 +83,31 @@ def remove(path: str) -> None:
 
 
 def sweep(base: str) -> None:
-    """Removes directories of agents and sockets of daemons whose processes are gone. Nothing else is touched."""
+    """Removes directories of agents and sockets of daemons whose processes are gone. Nothing else is touched, nor what containers that
+    share the directory have there: their processes are not ours to see."""
     with contextlib.suppress(OSError):
         for entry in os.scandir(base):
             agent = _OF_AN_AGENT.match(entry.name)
             if agent and entry.is_dir(follow_symlinks=False):
-                if _start_ticks(int(agent[1])) != int(agent[2]):
+                if agent[1] == _namespace() and _start_ticks(int(agent[2])) != int(agent[3]):
                     shutil.rmtree(entry.path, ignore_errors=True)
                 continue
             daemon = _SOCKET_OF_A_PROCESS.match(entry.name)
-            if daemon and not os.path.exists(f"/proc/{daemon[1]}"):
+            if daemon and not os.path.exists(f"/proc/{daemon[1]}") and not _answers(entry.path):
                 with contextlib.suppress(OSError):
                     os.unlink(entry.path)
+
+
+def _namespace() -> str:
+    """Numbers of processes mean something within it only."""
+    return f"{os.stat('/proc/self/ns/pid').st_ino:x}"
+
+
+def _answers(path: str) -> bool:
+    """Somebody listens there, or it cannot be said."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)
+        return probe.connect_ex(path) not in (errno.ECONNREFUSED, errno.ENOENT)
 
 
 def _start_ticks(pid: int) -> int:

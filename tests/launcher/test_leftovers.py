@@ -89,20 +89,31 @@ def _read(path: Path) -> dict[str, Any]:
     return found
 
 
-def test_only_what_dead_agents_and_daemons_have_left_is_swept(tmp_path: Path) -> None:
-    """Other jobs of the same user have theirs beside ours."""
+def test_only_what_dead_agents_and_daemons_have_left_is_swept(runtime: Path) -> None:
+    """Other jobs of the same user have theirs beside ours, and containers may share the directory."""
     dead = subprocess.Popen([sys.executable, "-S", "-c", ""])
     dead.wait()
-    ticks = Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]
-    stay = [f"agent-{os.getpid()}-{ticks}-aa", "somebody-elses", f"{'0' * 16}-{os.getpid()}.sock", "agent-1-notes"]
-    go = [f"agent-{dead.pid}-77-aa", f"agent-{os.getpid()}-{int(ticks) + 1}-aa", f"{'0' * 16}-{dead.pid}.sock"]
+    here, zeros = f"{os.stat('/proc/self/ns/pid').st_ino:x}", "0" * 16
+    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    stay = [
+        f"agent-{here}-{os.getpid()}-{ticks}-aa",
+        f"agent-abc-{dead.pid}-77-aa",  # of another container
+        "somebody-elses",
+        f"{zeros}-{os.getpid()}.sock",
+        "agent-1-notes",
+    ]
+    go = [f"agent-{here}-{dead.pid}-77-aa", f"agent-{here}-{os.getpid()}-{ticks + 1}-aa", f"{zeros}-{dead.pid}.sock"]
     for name in (*stay, *go):
         if name.endswith(".sock"):
-            (tmp_path / name).touch()
+            (runtime / name).touch()
         else:
-            (tmp_path / name / "1").mkdir(parents=True)
-    sweep(str(tmp_path))
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(stay)
+            (runtime / name / "1").mkdir(parents=True)
+    with socket.socket(socket.AF_UNIX) as elsewhere:  # its process has no number here, and it answers
+        stay.append(f"{'1' * 16}-{dead.pid}.sock")
+        elsewhere.bind(str(runtime / stay[-1]))
+        elsewhere.listen()
+        sweep(str(runtime))
+    assert sorted(path.name for path in runtime.iterdir()) == sorted(stay)
 
 
 def test_a_runtime_directory_that_would_be_too_deep_for_sockets_is_not_used(
