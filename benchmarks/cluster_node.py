@@ -59,13 +59,21 @@ class Node:
     """A daemon on loopback with a directory of its own. Ended by its process ids, with its workers."""
 
     def __init__(
-        self, idx: int, directory: Path, capacity: int, peers: list[int], key: Path, environment: dict[str, str]
+        self,
+        idx: int,
+        directory: Path,
+        capacity: int,
+        peers: list[int],
+        key: Path,
+        environment: dict[str, str],
+        cache: Path | None = None,
     ) -> None:
+        """cache: where it keeps what it holds; None: in `directory`."""
         self.idx = idx
         self.directory = directory
         self.environment = environment
         self.socket = str(directory / "s")
-        command = [sys.executable, "-m", "cache", "serve", "--dir", str(directory / "cache")]
+        command = [sys.executable, "-m", "cache", "serve", "--dir", str(cache or directory / "cache")]
         command += ["--capacity", str(capacity), "--socket", self.socket, "--workers", "1", "--announce"]
         command += ["--peers", ",".join(f"127.0.0.1:{port}" for port in peers), "--exit-with-parent"]
         command += ["--peer-listen", f"127.0.0.1:{peers[idx]}", "--peer-key-file", str(key)]
