@@ -231,7 +231,9 @@ class Chaos:
 
     def _held_in_ray(self) -> str:
         """What the job still holds in the cluster; empty: nothing."""
-        command = self.cluster.inside(0, sys.executable, "-c", _HELD, self.cluster.address)
+        # Of a node behind a cut, Ray believes for a long time that it holds what it held.
+        alive = [node.node_id for node in self.cluster.running()]
+        command = self.cluster.inside(0, sys.executable, "-c", _HELD, self.cluster.address, *alive)
         told = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=PATIENCE_S)
         return told.stdout.strip() if told.returncode == 0 else f"Ray does not say: {told.stderr[-500:]}"
 
@@ -243,7 +245,7 @@ from ray.util import placement_group_table
 from ray._private.state import actors as actor_table
 from ray._private.state import state
 groups = [group["state"] for group in placement_group_table().values() if group["state"] != "REMOVED"]
-alive = {node["NodeID"]: node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]}
+alive = {node["NodeID"]: node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"] and node["NodeID"] in sys.argv[2:]}
 free = state.available_resources_per_node()
 held = [node_id for node_id, cpus in alive.items() if node_id in free and free[node_id].get("CPU", 0) < cpus]
 actors = [actor for actor in actor_table().values() if actor["State"] != "DEAD"] if held else []
