@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -46,52 +45,39 @@ train(3)
 """
 
 
-@pytest.fixture(scope="module")
-def four_hangs(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """One job in five attempts: stopped, livelocked, gone elsewhere, all waiting for each other, and good."""
-    directory = tmp_path_factory.mktemp("hangs")
-    options = ["--nproc-per-node", "2", "--max-restarts", "4", "--hang-timeout", "1"]
-    with launch(directory, HANGS, *options) as launched:
-        code, _, err = launched.finish()
-        yield launched, code, err
-
-
 CASES = {
-    "stopped": (0, 1, "FROZEN", "is stopped (state T"),
-    "livelocked": (1, 0, "SPINNING", "spins in one place"),
-    "elsewhere": (2, 1, "AWAY", "stays in one place that is no collective"),
-    "all-waiting": (3, None, "ALL_WAIT", "all 2 ranks wait for each other"),
+    0: (1, "FROZEN", "is stopped (state T"),
+    1: (0, "SPINNING", "spins in one place"),
+    2: (1, "AWAY", "stays in one place that is no collective"),
+    3: (None, "ALL_WAIT", "all 2 ranks wait for each other"),
 }
+"""By attempt: whose doing it is, and how it is said."""
 
 
 @pytest.mark.e2e
 @pytest.mark.timeout(180)
-@pytest.mark.xdist_group("hangs")
-@pytest.mark.parametrize(("attempt", "rank", "kind", "words"), CASES.values(), ids=list(CASES))
-def test_whoever_holds_up_the_job_is_named_with_stacks_on_disk_and_the_job_starts_again(
-    four_hangs: tuple[Launched, int, str], attempt: int, rank: int | None, kind: str, words: str
-) -> None:
-    launched, code, err = four_hangs
+def test_whoever_holds_up_the_job_is_named_with_stacks_on_disk_and_the_job_starts_again(tmp_path: Path) -> None:
+    """One job in five attempts: stopped, livelocked, gone elsewhere, all waiting for each other, and good."""
+    options = ["--nproc-per-node", "2", "--max-restarts", "4", "--hang-timeout", "1"]
+    with launch(tmp_path, HANGS, *options) as launched:
+        code, _, err = launched.finish()
     assert code == 0, err
-    hung = [entry for entry in launched.journal("RankHung") if entry.fields["attempt"] == attempt]
-    assert [entry.fields["rank"] for entry in hung] == [rank], err
+    hung = [(entry.fields["attempt"], entry.fields["rank"]) for entry in launched.journal("RankHung")]
+    assert hung == [(attempt, rank) for attempt, (rank, _, _) in CASES.items()], err
     names = [entry.fields["diagnosis"] for entry in launched.journal("Named")]
-    assert {"kind": kind, "culprits": [] if rank is None else [rank], "is_certain": True} in names, err
-    assert words in err
-    for each in range(2):
-        text = (launched.run_dir / f"attempt_{attempt}" / "stacks" / f"rank_{each}.txt").read_text()
-        assert "train.py" in text
-    assert f"restart {attempt + 1} of 4" in err
+    for attempt, (rank, kind, words) in CASES.items():
+        assert {"kind": kind, "culprits": [] if rank is None else [rank], "is_certain": True} in names, err
+        assert words in err
+        assert f"restart {attempt + 1} of 4" in err
+        for each in range(2):
+            text = (launched.run_dir / f"attempt_{attempt}" / "stacks" / f"rank_{each}.txt").read_text()
+            assert "train.py" in text
+    assert_the_odd_one_out_is_shown_first(err.splitlines())
 
 
-@pytest.mark.e2e
-@pytest.mark.timeout(180)
-@pytest.mark.xdist_group("hangs")
-def test_the_odd_one_out_is_shown_first_with_where_it_stands(four_hangs: tuple[Launched, int, str]) -> None:
-    lines = four_hangs[2].splitlines()
-    (spins,) = [
-        idx for idx, line in enumerate(lines) if "rank 0 on" in line and "spins in one place, and 1 other" in line
-    ]
+def assert_the_odd_one_out_is_shown_first(lines: list[str]) -> None:
+    """With where it stands."""
+    spins = next(idx for idx, line in enumerate(lines) if "spins in one place, and 1 other" in line)
     assert lines[spins + 1].startswith("  rank 0: spin (train.py:")
     assert lines[spins + 2].startswith("  rank 1: _engine_run_backward (torch/autograd/graph.py:")
 
@@ -169,7 +155,6 @@ sys.exit(main())
 
 @pytest.mark.e2e
 @pytest.mark.timeout(120)
-@pytest.mark.xdist_group("hangs")
 def test_what_healthy_jobs_do_for_longer_than_the_learnt_limit_is_no_hang_and_a_stopped_rank_is(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(HEALTHY)
     options = ["--nproc-per-node", "2", "train.py"]
@@ -204,7 +189,6 @@ sys.exit(main())
 
 @pytest.mark.e2e
 @pytest.mark.timeout(120)
-@pytest.mark.xdist_group("hangs")
 def test_a_rank_that_makes_the_other_wait_is_named_with_its_host_until_it_keeps_up(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(SLOW)
     with Launched(tmp_path, "--nproc-per-node", "2", "train.py", program=["-c", QUICKER_TO_JUDGE]) as launched:
