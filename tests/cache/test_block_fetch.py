@@ -14,10 +14,11 @@ import crc32c
 import pytest
 
 from cache.blocks import BLOCK_BYTES, ExtentId, ObjectId
+from cache.daemon import blockfetch
 from cache.daemon.fetches import Fetches
 from cache.errors import OriginThrottled, OriginUnavailable, from_wire
 from cache.store.directory import CacheDirectory
-from cache.store.files import create_extent, read_header
+from cache.store.files import create_extent, read_header, write_payload
 from cache.store.format import HEADER_BYTES, ExtentHeader
 from tests.counting_origin import CountingOrigin, Fault, random_bytes
 from tests.daemon import wait_until
@@ -79,6 +80,22 @@ def test_a_run_is_in_its_file_with_the_checksum_of_each_block(file: File, counti
     _, present = read_header(file.path)
     assert present == ALL
     assert counting_origin.asked == [("o", 0, len(file.data))]
+
+
+def test_what_a_socket_gives_in_pieces_is_written_by_whole_blocks(file: File, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces as they come would lie in small pages of the page cache, and every later hit would pay for it (benchmarks/pages.py)."""
+    written: list[tuple[int, int]] = []
+
+    def recorded(fd: int, offset: int, data: memoryview) -> None:
+        written.append((offset, len(data)))
+        write_payload(fd, offset, data)
+
+    monkeypatch.setattr(blockfetch, "write_payload", recorded)
+    _fetch(file.request)
+    assert file.payload() == file.data
+    whole, rest = divmod(len(file.data), BLOCK_BYTES)
+    blocks = [(idx * BLOCK_BYTES, BLOCK_BYTES) for idx in range(whole)]
+    assert written == [*blocks, *([(whole * BLOCK_BYTES, rest)] if rest else [])]
 
 
 def test_a_cut_body_goes_on_from_the_last_byte(file: File, counting_origin: CountingOrigin) -> None:
