@@ -40,6 +40,7 @@ def cluster(
             key.write_text(keys[idx] if keys else "0123456789abcdef" * 2)
             key.chmod(0o600)
             options = ("--peers", addresses, "--peer-listen", f"127.0.0.1:{port}", "--peer-key-file", str(key))
+            options += ("--scrub-rate", "0")  # or it may find damage before a peer does
             daemons.append(stack.enter_context(CacheDaemon(options=options, capacity=capacity)))
         yield daemons
 
