@@ -14,6 +14,7 @@ MAY_READ_THE_CLOCK = {
     "daemon/peers.py": "and believed for it",
     "daemon/peerserver.py": "and believed for it",
     "origin/s3fs_origin.py": "expiry of credentials, which is a date",
+    "origin/aws_profile.py": "expiry of credentials, which is a date; a stepped clock delays a look, and refused keys are read anew anyway",
     "origin/obstore_origin.py": "If-Unmodified-Since",
     "cli.py": "the time of a line in the log",
     "client/records.py": "the name of one start of a job, which its ranks agree on",
