@@ -214,7 +214,14 @@ class Controller:
 
     def _loop(self) -> machine.Ended:
         spec = self._spec
-        rules = Rules(spec.restarts, spec.shutdown_timeout_s, spec.min_nodes, spec.max_nodes, spec.grow_delay_s)
+        rules = Rules(
+            spec.restarts,
+            spec.shutdown_timeout_s,
+            spec.min_nodes,
+            spec.max_nodes,
+            spec.grow_delay_s,
+            spec.second_signal,
+        )
         self._state, actions = machine.begin(rules)
         self._perform(actions)
         while not isinstance(self._state, machine.Ended):

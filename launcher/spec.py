@@ -72,6 +72,17 @@ class OnHang(enum.Enum):
     """It is said, with stacks, and left alone."""
 
 
+class SecondSignal(enum.Enum):
+    """What a signal means that comes while ranks are being stopped for another (`--second-signal`)."""
+
+    KILL = "kill"
+    """Whatever is left is killed at once."""
+    FORWARD = "forward"
+    """Ranks get it too, if it is one that they have not had; the grace goes on from the first."""
+    IGNORE = "ignore"
+    """Nothing: the grace alone decides (for schedulers that repeat themselves)."""
+
+
 class Stream(enum.IntFlag):
     """Standard streams of a rank, with torchrun's numbers (`-r 3` means both)."""
 
@@ -260,6 +271,7 @@ class JobSpec:
     """How long to wait for resources that may still come (an autoscaler, another job's end). What can never fit is refused at once."""
     signals_to_handle: tuple[str, ...] = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
     """On these the launcher stops the gang and ends with 128 + number."""
+    second_signal: SecondSignal = SecondSignal.KILL
     spare_nodes: int = 0
     """Nodes beyond `max_nodes` that are held warm, without ranks, to take the place of a lost one."""
     grow_delay_s: float = DEFAULT_GROW_DELAY_S

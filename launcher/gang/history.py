@@ -25,7 +25,7 @@ from launcher.gang.events import (
 )
 from launcher.gang.sayings import in_time
 from launcher.gang.world import NodeInfo, World, arrange
-from launcher.spec import DEFAULT_GROW_DELAY_S, RestartBudget
+from launcher.spec import DEFAULT_GROW_DELAY_S, RestartBudget, SecondSignal
 
 DRAIN_MARGIN_S = 5.0
 """Ranks are killed so long before a draining node's deadline: their end must be known before the node is gone."""
@@ -50,6 +50,7 @@ class Rules:
     min_nodes: int = 1
     max_nodes: int = 1
     grow_delay_s: float = DEFAULT_GROW_DELAY_S
+    second_signal: SecondSignal = SecondSignal.KILL
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from launcher.errors import EXIT_RESUMABLE, InvalidTransition
-from launcher.gang import policy
+from launcher.gang import policy, sayings
 from launcher.gang.blame import blame
 from launcher.gang.causes import died_of_us, is_secondhand, with_who_left_early
 from launcher.gang.events import (
@@ -48,8 +48,8 @@ from launcher.gang.events import (
     Tick,
 )
 from launcher.gang.history import History, Rules, StopCause, drain_grace_s, note_failure, note_who_is_held, seat, unfit
-from launcher.gang.sayings import describe, how_many_saved, how_stopped, illegal_move, stopping_others
 from launcher.gang.world import NodeInfo, World
+from launcher.spec import SecondSignal
 
 STOP_MARGIN_S = 10.0
 """A node that has not ended an attempt this long after the grace is treated as lost."""
@@ -215,15 +215,15 @@ class Stopping:
         return replace(self, told=root, report_due_s=None), (report,)
 
     def _hurry(self, signum: int, now: float) -> Move:
-        interrupted_by = signum if self.interrupted_by is None else self.interrupted_by
+        rule, left_s = self.history.rules.second_signal, self.deadline_s - STOP_MARGIN_S - now
+        noted = replace(self, interrupted_by=signum) if self.interrupted_by is None else self
         if self.cause in (StopCause.PREEMPTION, StopCause.GROWTH) and self.interrupted_by is None:
             # Ranks are saving already; whoever stops us now wants what they save as well. The next signal is the second one.
-            told = Announce(
-                f"{signal.Signals(signum).name}: ranks are being stopped already; a second signal kills at once"
-            )
-            return replace(self, cause=StopCause.SIGNAL, interrupted_by=signum), (told,)
-        deadline_s = min(self.deadline_s, now + STOP_MARGIN_S)
-        hurried = replace(self, interrupted_by=interrupted_by, deadline_s=deadline_s)
+            return replace(noted, cause=StopCause.SIGNAL), (Announce(sayings.stopping_already(signum, rule)),)
+        if rule is not SecondSignal.KILL and left_s > 0.0:
+            sent = _stop_actions(self, signum, left_s, can_save=True) if rule is SecondSignal.FORWARD else ()
+            return noted, (Announce(sayings.how_second_was_taken(signum, rule, left_s)), *sent)
+        hurried = replace(noted, deadline_s=min(self.deadline_s, now + STOP_MARGIN_S))
         return hurried, (Announce("killing what is left at once"), *_kill_actions(hurried))
 
     def _give_up_on_silent_nodes(self, now: float) -> Move:
@@ -313,7 +313,7 @@ def step(state: State, event: Fact, now: float) -> Move:
         return state, actions
     if type(after) is not type(state) and type(after) not in TRANSITIONS[type(state)]:
         raise _unexpected(state, event, f"to {type(after).__name__}")
-    line = f"{now:.3f} {type(state).__name__} -- {describe(event)} --> {type(after).__name__}"
+    line = f"{now:.3f} {type(state).__name__} -- {sayings.describe(event)} --> {type(after).__name__}"
     history = replace(after.history, story=(*after.history.story, line)[-_STORY_LENGTH:])
     return replace(after, history=history), actions
 
@@ -361,7 +361,7 @@ def _stop_failed(history: History, failure: Failure, now: float, num_others: int
     grace_s = policy.grace_after(failure, history.rules.grace_s)
     lost = frozenset({failure.node_id}) if isinstance(failure, NodeLost) else frozenset()
     deadline_s = now + grace_s + STOP_MARGIN_S
-    said = stopping_others(num_others, _SIGTERM, grace_s)
+    said = sayings.stopping_others(num_others, _SIGTERM, grace_s)
     stopping = Stopping(history, StopCause.FAILURE, deadline_s, (failure,), lost=lost, consequence=said)
     report: Sequence[Action] = ()
     if num_others and is_secondhand(failure):
@@ -378,8 +378,7 @@ def _stop_interrupted(history: History, signum: int, now: float, good: int, num_
     stopping = Stopping(
         history, StopCause.SIGNAL, deadline_s, interrupted_by=signum, good=good, num_to_save=num_running
     )
-    name = signal.Signals(signum).name
-    told = Announce(f"{name}: stopping all ranks ({how_stopped(signum, grace_s)}; a second signal kills at once)")
+    told = Announce(sayings.stopping_for_signal(signum, grace_s, history.rules.second_signal))
     return stopping, (told, *_stop_actions(stopping, signum, grace_s, can_save=True))
 
 
@@ -395,7 +394,9 @@ def _stop_to_save(history: History, cause: StopCause, grace_s: float, now: float
     """Nothing has failed: ranks may save before the next attempt."""
     num_running = _world(history).world_size - good.bit_count()
     stopping = Stopping(history, cause, now + grace_s + STOP_MARGIN_S, good=good, num_to_save=num_running)
-    told = Announce(f"{cause.value}: stopping all ranks so that they can save ({how_stopped(_SIGTERM, grace_s)})")
+    told = Announce(
+        f"{cause.value}: stopping all ranks so that they can save ({sayings.how_stopped(_SIGTERM, grace_s)})"
+    )
     return stopping, (told, *_stop_actions(stopping, _SIGTERM, grace_s, can_save=True))
 
 
@@ -446,7 +447,7 @@ def _conclude_failure(stopping: Stopping, now: float) -> Move:
 def _conclude_pause(stopping: Stopping, now: float) -> Move:
     """After a preemption or for growth: what could not be saved is said, then the next attempt."""
     history = stopping.history
-    saved = how_many_saved(stopping.num_saved, stopping.num_to_save)
+    saved = sayings.how_many_saved(stopping.num_saved, stopping.num_to_save)
     said: list[Action] = [Announce(saved)] if saved else []
     told = [failure for failure in stopping.failures if policy.is_worth_telling(failure)]
     if told:
@@ -496,4 +497,4 @@ def _end(history: History, exit_code: int, reason: str) -> Move:
 
 
 def _unexpected(state: State, event: Fact, whither: str = "") -> InvalidTransition:
-    return illegal_move(type(state).__name__, event, whither, state.history.story)
+    return sayings.illegal_move(type(state).__name__, event, whither, state.history.story)

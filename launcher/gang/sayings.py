@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from launcher.errors import InvalidTransition
 from launcher.gang.events import Fact, NodeDraining
+from launcher.spec import SecondSignal
 
 
 def describe(event: Fact) -> str:
@@ -76,3 +77,29 @@ def illegal_move(state_name: str, event: Fact, whither: str, story: Sequence[str
         f"{state_name} cannot take {describe(event)} {whither}".rstrip() + f"; the story so far:\n  {so_far}",
         advice="this is a fault in the launcher: please report it with the journal of the run",
     )
+
+
+SECOND_SIGNAL = {
+    SecondSignal.KILL: "a second signal kills at once",
+    SecondSignal.FORWARD: "further signals are handed on to them",
+    SecondSignal.IGNORE: "further signals are ignored",
+}
+
+
+def stopping_for_signal(signum: int, grace_s: float, rule: SecondSignal) -> str:
+    """Of the first signal."""
+    return f"{signal.Signals(signum).name}: stopping all ranks ({how_stopped(signum, grace_s)}; {SECOND_SIGNAL[rule]})"
+
+
+def stopping_already(signum: int, rule: SecondSignal) -> str:
+    """Of a signal that comes while ranks save for another reason."""
+    return f"{signal.Signals(signum).name}: ranks are being stopped already; {SECOND_SIGNAL[rule]}"
+
+
+def how_second_was_taken(signum: int, rule: SecondSignal, left_s: float) -> str:
+    """
+    >>> how_second_was_taken(10, SecondSignal.FORWARD, 21.4)
+    'SIGUSR1: handed on to the ranks, which are killed in 21 s (--second-signal forward)'
+    """
+    how = "handed on to" if rule is SecondSignal.FORWARD else "ignored; it is not sent to"
+    return f"{signal.Signals(signum).name}: {how} the ranks, which are killed in {left_s:.0f} s (--second-signal {rule.value})"

@@ -157,6 +157,7 @@ class Guardian:
         self.agent_pid = agent_pid
         self.pid = 0
         self.is_alive = False
+        self.signals_sent: set[int] = set()
         self.kill_at: float | None = None  # monotonic; from then on everything is killed until nothing is left
         self.killing_since = 0.0
         self.began_s = time.time()
@@ -263,9 +264,10 @@ class Guardian:
             self._stop(float(message["stop"]), int(message["signum"]))
 
     def _stop(self, grace_s: float, signum: int) -> None:
-        """The signal goes to the process alone, and once: it may want to end its children itself (data loaders, a checkpoint writer)."""
+        """Each signal goes to the process alone, and once: it may want to end its children itself (data loaders, a checkpoint writer)."""
         kill_at = time.monotonic() + grace_s
-        if self.kill_at is None and self.is_alive and grace_s > 0:
+        if signum not in self.signals_sent and self.is_alive and grace_s > 0:
+            self.signals_sent.add(signum)
             signal_all([self.pid], signum)
         self.kill_at = kill_at if self.kill_at is None else min(self.kill_at, kill_at)
 

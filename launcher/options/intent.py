@@ -102,6 +102,7 @@ def understand(line: CommandLine, environ: Mapping[str, str], cwd: str, fresh_id
         metrics=line.text("metrics") or "",
         metrics_file=line.text("metrics-file") or "",
         signals_to_handle=read(line, "signals-to-handle", values.parse_signals, JobSpec.signals_to_handle),
+        second_signal=read(line, "second-signal", values.parse_second_signal, JobSpec.second_signal),
     )
     if address is not None:
         notes += _notes_of_credentials(environ, spec.env)

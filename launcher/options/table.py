@@ -207,6 +207,13 @@ OPTIONS: tuple[Option, ...] = (
         "Signals that stop the job; ranks get the same one. [SIGTERM,SIGINT,SIGHUP,SIGQUIT]",
         "NAME,…",
     ),
+    Option(
+        "second-signal",
+        FAILURE,
+        "What one means that comes while ranks are being stopped: kill at once, forward it to them, or ignore it. [kill]",
+        "kill|forward|ignore",
+        is_ours=True,
+    ),
     Option("log-dir", OUTPUT, "Where the run directory is made. [$RAILHEAD_RUNS, else ./railhead-runs]", "DIR"),
     Option(
         "show-ranks", OUTPUT, "Ranks whose output is shown here: all, none, or like 0,8-15. [0]", "RANKS", is_ours=True

@@ -6,7 +6,16 @@ import math
 import re
 import signal
 
-from launcher.spec import BINDINGS, CACHE_PEERS, OnHang, ProgressDisplay, StartMethod, Stream, StreamChoice
+from launcher.spec import (
+    BINDINGS,
+    CACHE_PEERS,
+    OnHang,
+    ProgressDisplay,
+    SecondSignal,
+    StartMethod,
+    Stream,
+    StreamChoice,
+)
 
 PROCS_WISHES = ("auto", "gpu", "cpu")
 
@@ -64,6 +73,14 @@ def parse_on_hang(text: str) -> OnHang:
         return OnHang(text)
     except ValueError:
         raise ValueError(", ".join(each.value for each in OnHang)) from None
+
+
+def parse_second_signal(text: str) -> SecondSignal:
+    """`--second-signal`."""
+    try:
+        return SecondSignal(text)
+    except ValueError:
+        raise ValueError(", ".join(each.value for each in SecondSignal)) from None
 
 
 def parse_nodes(text: str) -> tuple[int, int]:

@@ -46,7 +46,7 @@ from launcher.gang.events import (
 from launcher.gang.history import Rules
 from launcher.gang.machine import BackingOff, Ended, OpeningStore, Placing, Running, State, Stopping
 from launcher.gang.world import NodeInfo, World
-from launcher.spec import RestartBudget
+from launcher.spec import RestartBudget, SecondSignal
 
 SIGTERM, SIGKILL, SIGINT, SIGUSR1 = 15, 9, 2, 10
 
@@ -279,10 +279,17 @@ class Scene:
     """A machine of two nodes with two ranks each, moved by hand."""
 
     def __init__(
-        self, max_restarts: int = 0, grace_s: float = 30.0, min_nodes: int = 2, max_nodes: int = 2, **budget: int
+        self,
+        max_restarts: int = 0,
+        grace_s: float = 30.0,
+        min_nodes: int = 2,
+        max_nodes: int = 2,
+        second_signal: SecondSignal = SecondSignal.KILL,
+        **budget: int,
     ) -> None:
         self.now = 100.0
-        rules = Rules(RestartBudget(max_restarts, **budget), grace_s, min_nodes, max_nodes)
+        restarts = RestartBudget(max_restarts, **budget)
+        rules = Rules(restarts, grace_s, min_nodes, max_nodes, second_signal=second_signal)
         self.state, self.actions = machine.begin(rules)
 
     def feed(self, *facts: Fact) -> list[Action]:
@@ -588,6 +595,27 @@ def test_a_rank_that_fails_while_it_saves_is_told_and_the_job_goes_on() -> None:
     preempted(scene, 1)
     assert scene.only(ReportFailure).failure.status == ExitStatus(code=1)  # type: ignore[attr-defined]
     assert isinstance(scene.state, OpeningStore)
+
+
+@pytest.mark.parametrize("rule", [SecondSignal.FORWARD, SecondSignal.IGNORE])
+def test_what_a_second_signal_means_can_be_chosen(rule: SecondSignal) -> None:
+    """Some schedulers send SIGUSR1 before SIGTERM, or SIGTERM again and again; a checkpoint that takes a minute must not die of it."""
+    scene = Scene(second_signal=rule)
+    scene.run()
+    scene.feed(StopRequested(SIGUSR1))
+    scene.now += 10.0
+    sent = scene.feed(StopRequested(SIGTERM))
+    stops = [action for action in sent if isinstance(action, StopAttempt)]
+    if rule is SecondSignal.FORWARD:
+        assert [(stop.signum, stop.grace_s, stop.can_save) for stop in stops] == [(SIGTERM, 20.0, True)] * 2
+        assert "handed on to the ranks, which are killed in 20 s" in scene.said()
+    else:
+        assert stops == []
+        assert "ignored" in scene.said()
+    assert machine.deadline_s(scene.state) == 100.0 + 30.0 + machine.STOP_MARGIN_S, "the grace goes on from the first"
+    scene.end_attempt()
+    assert isinstance(scene.state, Ended)
+    assert scene.state.exit_code == 128 + SIGUSR1
 
 
 def test_a_signal_to_the_launcher_while_ranks_save_is_not_the_second_one() -> None:

@@ -118,6 +118,29 @@ def test_a_second_signal_kills_at_once(tmp_path: Path) -> None:
     assert "killing what is left at once" in err
 
 
+def test_a_second_signal_reaches_the_ranks_where_that_is_asked_for(tmp_path: Path) -> None:
+    """A warning first, the order later: both are the script's to answer, and the script ends by itself."""
+    script = """
+import os, signal, sys, time
+def on_usr1(signum, frame): open("warned", "w").close()
+def on_term(signum, frame): open("told", "w").close(); sys.exit(0)
+signal.signal(signal.SIGUSR1, on_usr1)
+signal.signal(signal.SIGTERM, on_term)
+open("ready", "w").close()
+while True: time.sleep(0.05)
+"""
+    options = ("--shutdown-timeout", "3600", "--second-signal", "forward", "--signals-to-handle", "SIGUSR1,SIGTERM")
+    with launch(tmp_path, script, *options) as launched:
+        launched.wait_for_file("ready")
+        launched.process.send_signal(signal.SIGUSR1)
+        launched.wait_for_file("warned")
+        launched.process.send_signal(signal.SIGTERM)
+        code, _, err = launched.finish()
+    assert (tmp_path / "told").exists()
+    assert code == 128 + signal.SIGUSR1
+    assert "handed on to the ranks" in err
+
+
 def test_ranks_that_ignore_sigterm_are_killed_after_the_grace(tmp_path: Path) -> None:
     with launch(tmp_path, STUBBORN, "--shutdown-timeout", "1") as launched:
         launched.wait_for_file("ready.0")
