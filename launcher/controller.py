@@ -250,6 +250,8 @@ class Controller:
                 self._monitor.exited(event)
             if isinstance(event, AttemptEnded):
                 self._ended.add((event.attempt, event.node_id))
+            if isinstance(event, NodeLost):
+                self._expect_no_output_of(event.node_id)
             # What is reported happened in the world before the step; after it another one may have begun already.
             world = self._state.history.world
             self._state, actions = machine.step(self._state, event, self._clock.monotonic_s())
@@ -334,6 +336,7 @@ class Controller:
                     self._notes.begin(plan.attempt, plan.world, self._clock.monotonic_s())
                     self._monitor.begin(plan.attempt, plan.world)
                 case LetGo(node_id=node_id):
+                    self._expect_no_output_of(node_id)
                     self._cluster.let_go(node_id)
                 case StopAttempt(attempt, node_id, grace_s, signum, can_save):
                     self._notes.stop()
@@ -365,13 +368,17 @@ class Controller:
                 case OutputEnded(attempt=attempt, node_id=node_id):
                     self._output_ended.add((attempt, node_id))
                 case NodeLost(node_id=lost):
-                    self._ended = {(attempt, node_id) for attempt, node_id in self._ended if node_id != lost}
+                    self._expect_no_output_of(lost)
                 case StopRequested():
                     return
         self._console.end_output()
         while not self._console.flush(0.2):
             if not self.events.empty() and isinstance(self.events.get(), StopRequested):
                 return
+
+    def _expect_no_output_of(self, lost: str) -> None:
+        """The node is lost, and with it what it still had to show of attempts that had ended there."""
+        self._ended = {(attempt, node_id) for attempt, node_id in self._ended if node_id != lost}
 
 
 def _asked(spec: JobSpec) -> str:

@@ -94,7 +94,8 @@ class FakeNode:
             self._ended.add(attempt)
             self._has_store = False
             self._cluster.put(AttemptEnded(attempt, self.info.node_id))
-            self._cluster.put_log(OutputEnded(attempt, self.info.node_id))
+            if self.info.node_id not in self._cluster.keep_output:
+                self._cluster.put_log(OutputEnded(attempt, self.info.node_id))
 
     def take_stacks(self, attempt: int, look: int, is_final: bool) -> None:
         self.commands.append(f"take_stacks {attempt} {look}" + (" final" if is_final else ""))
@@ -137,6 +138,8 @@ class FakeCluster:
         self.is_closed = False
         self._num_nodes = num_nodes
         self._num_made = 0
+        self.keep_output: set[str] = set()
+        """Nodes from which what ranks wrote last does not come."""
         self._behave = behave
         self._port = 30000
         self._now_s = 1_000_000.0

@@ -140,6 +140,21 @@ def test_a_lost_node_ends_the_attempt_and_a_new_one_takes_its_place(tmp_path: Pa
     assert any("node host-node0 lost: the power failed" in line for line in job.said())
 
 
+def test_the_output_of_a_node_that_was_lost_is_not_waited_for(tmp_path: Path) -> None:
+    """Its ranks had ended, their last output was on its way, then the node went: the job, though done, waited for it for ever."""
+
+    def behave(attempt: int, member: Member) -> str:
+        return ("fail 1" if member.rank == 0 else "wait", "wait", "succeed")[attempt]
+
+    job = Job(tmp_path, behave, max_restarts=2)
+    job.cluster.keep_output = {"node1"}
+    timer = threading.Timer(0.3, lambda: job.cluster.lose("node1"))
+    timer.start()
+    assert job.run() == 0
+    timer.join()
+    assert [entry.fields["attempt"] for entry in job.entries() if entry.kind == "AttemptEnded"].count(0) == 2
+
+
 def test_a_request_that_cannot_be_met_starts_nothing_and_is_journalled(tmp_path: Path) -> None:
     job = Job(tmp_path, always("succeed"))
     job.cluster._num_nodes = 1
