@@ -67,6 +67,10 @@ if TYPE_CHECKING:
     from launcher.report.exporter import Exporter
 
 
+DEPARTED_OUTPUT_S = 5.0
+"""How long, after the job is over, the last output of nodes that had left it is waited for."""
+
+
 class SystemClock:
     """The real time."""
 
@@ -362,9 +366,20 @@ class Controller:
                     pass  # the loop sees the state; what is released is released in `run`
 
     def _wait_for_output(self) -> None:
-        """What ranks have written last stands before the summary, however slow the terminal; a signal says not to wait."""
-        while self._ended - self._output_ended:
-            match self.events.get():
+        """What ranks have written last stands before the summary, however slow the terminal; a signal says not to wait. Nodes that left the
+        gang (drained, given back) may have gone with theirs: those get a moment only."""
+        world = self._state.history.world
+        held = set(world.node_ids()) if world is not None else set()
+        departed_until_s = self._clock.monotonic_s() + DEPARTED_OUTPUT_S
+        while pending := self._ended - self._output_ended:
+            left_s = (
+                None if any(node_id in held for _, node_id in pending) else departed_until_s - self._clock.monotonic_s()
+            )
+            try:
+                event = self.events.get(timeout=None if left_s is None else max(0.0, left_s))
+            except queue.Empty:
+                break
+            match event:
                 case OutputEnded(attempt=attempt, node_id=node_id):
                     self._output_ended.add((attempt, node_id))
                 case NodeLost(node_id=lost):

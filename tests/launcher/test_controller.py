@@ -155,6 +155,17 @@ def test_the_output_of_a_node_that_was_lost_is_not_waited_for(tmp_path: Path) ->
     assert [entry.fields["attempt"] for entry in job.entries() if entry.kind == "AttemptEnded"].count(0) == 2
 
 
+def test_the_output_of_a_node_that_left_the_gang_is_waited_for_a_moment_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A drained node is given back once its ranks have saved; nothing says that it is lost, and its output may never come."""
+    monkeypatch.setattr("launcher.controller.DEPARTED_OUTPUT_S", 0.1)
+    job = Job(tmp_path, always("succeed"))
+    job.controller._ended.add((0, "a node that was drained"))
+    assert job.run() == 0
+    assert job.said()[-1].startswith("launcher: done")
+
+
 def test_a_request_that_cannot_be_met_starts_nothing_and_is_journalled(tmp_path: Path) -> None:
     job = Job(tmp_path, always("succeed"))
     job.cluster._num_nodes = 1
