@@ -17,7 +17,6 @@ Every node has room for all of the data.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
@@ -36,8 +35,9 @@ from typing import Any
 
 from benchmarks.cluster_node import Data, Node, Share
 from benchmarks.machine import hardware, versions
+from benchmarks.object_trials import main
 from benchmarks.proxy_process import ProxyProcess
-from benchmarks.seaweed import SeaweedServer, WeedMissing, aws_environment, free_ports
+from benchmarks.seaweed import SeaweedServer, aws_environment, free_ports
 
 SAMPLE_BYTES = 192 * 1024
 OBJECT_BYTES = 40 * SAMPLE_BYTES
@@ -248,24 +248,13 @@ def _spread(trials: list[Result], key: str, form: str) -> str:
     return f"{median(values):{form}} [{min(values):{form}}–{max(values):{form}}]"
 
 
-def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="16 objects, one repeat: does it run?")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--objects", type=int, default=64)
-    parser.add_argument("--result", type=Path)
-    options = parser.parse_args(argv)
-    num_objects, repeats = (16, 1) if options.quick else (options.objects, options.repeats)
-    try:
-        results = run(num_objects, repeats)
-    except WeedMissing as e:
-        parser.exit(2, f"{e}\n")
-    page = report(results, num_objects, repeats, f"python -m benchmarks.cluster {' '.join(argv)}".strip())
-    print(page)
-    if options.result is not None:
-        options.result.write_text(page)
-        options.result.with_suffix(".json").write_text(json.dumps(results, indent=1))
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(
+        sys.argv[1:],
+        module="benchmarks.cluster",
+        about=__doc__,
+        repeats=3,
+        objects=64,
+        run=run,
+        report=report,
+    )

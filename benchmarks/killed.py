@@ -10,8 +10,6 @@ what has left it, range by range.
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import sys
 import tempfile
@@ -22,7 +20,8 @@ from typing import Any
 from benchmarks.cluster import LINK_RATE, OBJECT_BYTES, SAMPLE_BYTES, Stage, stage
 from benchmarks.cluster_node import Data, Node, Share, run_reader
 from benchmarks.machine import hardware, versions
-from benchmarks.seaweed import WeedMissing, aws_environment, free_ports
+from benchmarks.object_trials import main
+from benchmarks.seaweed import aws_environment, free_ports
 from cache.blocks import BLOCK_BYTES
 from cache.store.format import HEADER_BYTES
 
@@ -113,24 +112,13 @@ def report(results: list[dict[str, Any]], num_objects: int, command: str) -> str
     return "\n".join(lines) + "\n"
 
 
-def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="16 objects, one repeat: does it run?")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--objects", type=int, default=64)
-    parser.add_argument("--result", type=Path)
-    options = parser.parse_args(argv)
-    num_objects, repeats = (16, 1) if options.quick else (options.objects, options.repeats)
-    try:
-        results = run(num_objects, repeats)
-    except WeedMissing as e:
-        parser.exit(2, f"{e}\n")
-    page = report(results, num_objects, f"python -m benchmarks.killed {' '.join(argv)}".strip())
-    print(page)
-    if options.result is not None:
-        options.result.write_text(page)
-        options.result.with_suffix(".json").write_text(json.dumps(results, indent=1))
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(
+        sys.argv[1:],
+        module="benchmarks.killed",
+        about=__doc__,
+        repeats=5,
+        objects=64,
+        run=run,
+        report=lambda results, num_objects, _, command: report(results, num_objects, command),
+    )

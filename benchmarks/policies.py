@@ -5,6 +5,7 @@ None of them knows the future; each is a `cache.residency.policy.EvictionPolicy`
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
@@ -13,7 +14,7 @@ from cache.blocks import ExtentId
 from cache.residency.policy import Candidate, Decision, EvictionPolicy, FarthestNextUse
 
 
-class _Ranked:
+class _Ranked(ABC):
     """Evicts in the order of a key, whatever comes."""
 
     def choose(
@@ -29,8 +30,9 @@ class _Ranked:
         is_enough = freed >= need_bytes and len(victims) >= need_files
         return Decision(tuple(victims) if is_enough else (), type(self).__name__)
 
+    @abstractmethod
     def rank(self, candidate: Candidate) -> Any:
-        raise NotImplementedError
+        """What sorts first goes first."""
 
 
 class LeastRecentlyUsed(_Ranked):

@@ -15,6 +15,7 @@ from fsspec.implementations.chained import ChainedFileSystem
 
 from cache.client.client import Cache
 from cache.client.object import CachedObject
+from cache.client.seeking import SeekingFile
 from cache.errors import AccessDenied, ObjectNotFound, OriginError
 from cache.origin.ports import ObjectInfo
 
@@ -130,35 +131,18 @@ class NodeCacheFileSystem(ChainedFileSystem):  # type: ignore[misc]
             raise OSError(f"{path}: {error}") from error
 
 
-class _RawObject(io.RawIOBase):
+class _RawObject(SeekingFile):
     """An object as a raw file; `io.BufferedReader` around it makes it a file that everything accepts."""
 
     def __init__(self, obj: CachedObject) -> None:
+        super().__init__(obj.size, obj.url)
         self._obj = obj
-        self._position = 0
-        self.size = obj.size
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._obj.size}[whence]
-        if base + offset < 0:
-            raise ValueError(f"seek to {base + offset} of {self._obj.url}")
-        self._position = base + offset
-        return self._position
 
     def readinto(self, buffer: Any) -> int:
         count = NodeCacheFileSystem._translated(
-            lambda: self._obj.readinto(min(self._position, self._obj.size), memoryview(buffer)), self._obj.url
+            lambda: self._obj.readinto(min(self.position, self._obj.size), memoryview(buffer)), self._obj.url
         )
-        self._position += count
+        self.position += count
         return int(count)
 
     def close(self) -> None:

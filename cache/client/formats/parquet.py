@@ -9,7 +9,6 @@ and not there, a page whose checksum (where it has one) is wrong.
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -20,6 +19,7 @@ import pyarrow.parquet as pq
 from cache.client.formats.index import MAX_GAP_BYTES, ShardIndex
 from cache.client.formats.parquet_footer import Footer, Group, parse_footer
 from cache.client.formats.ports import Readable
+from cache.client.seeking import SeekingFile
 from cache.errors import CacheError, FormatError
 
 _ROWS = "parquet"
@@ -156,33 +156,17 @@ def _value(scalar: Any) -> Any:
     return scalar.as_py()
 
 
-class _File(io.RawIOBase):
-    """A shard as a file of Python's. Its name is the shard's, for whoever prints it."""
+class _File(SeekingFile):
+    """A shard as a file of Python's."""
 
     def __init__(self, shard: Readable) -> None:
+        super().__init__(shard.size, shard.url)
         self._shard = shard
-        self._position = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._shard.size}[whence]
-        if base + offset < 0:
-            raise ValueError(f"seek to {base + offset}")
-        self._position = base + offset
-        return self._position
 
     def read(self, size: int | None = -1) -> bytes:
-        rest = max(0, self._shard.size - self._position)
-        data = self._shard.read(self._position, rest if size is None or size < 0 else min(size, rest)) if rest else b""
-        self._position += len(data)
+        rest = max(0, self.size - self.position)
+        data = self._shard.read(self.position, rest if size is None or size < 0 else min(size, rest)) if rest else b""
+        self.position += len(data)
         return data
 
 
