@@ -78,7 +78,8 @@ def test_each_byte_leaves_the_origin_once_however_many_nodes_read_it(
             read_all(open_cache(daemon.socket), objects)
         assert counting_origin.bytes_sent == sum(map(len, objects.values()))
         accounts = [counters(daemon) for daemon in daemons]
-        assert all(account["borrowed_bytes"] > 0 and account["lent_bytes"] > 0 for account in accounts)
+        # Names of nodes are random: of so few objects one of three may own none, and then lends nothing.
+        assert sum(account["lent_bytes"] > 0 for account in accounts) >= 2
         assert sum(a["borrowed_bytes"] for a in accounts) == 2 * sum(map(len, objects.values()))
         assert not any(account["peer_bypasses"] for account in accounts)
 
