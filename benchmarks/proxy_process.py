@@ -10,6 +10,8 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+from benchmarks.parentage import ends_with_us
+
 _ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -39,7 +41,9 @@ class ProxyProcess:
 
     def __enter__(self) -> ProxyProcess:
         command = [sys.executable, "-m", "benchmarks.shaping_proxy", "--upstream", self._upstream]
-        self._process = subprocess.Popen(command, cwd=_ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True)
+        self._process = subprocess.Popen(
+            ends_with_us(command), cwd=_ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:

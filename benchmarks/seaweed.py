@@ -11,6 +11,8 @@ import sys
 import time
 from pathlib import Path
 
+from benchmarks.parentage import ends_with_us
+
 # Each server of SeaweedFS listens on its port and, for gRPC, on its port + 10000 unless told otherwise; we tell all of them.
 _PORT_FLAGS = tuple(f"{part}.port{kind}" for part in ("master", "volume", "filer", "s3") for kind in ("", ".grpc"))
 _START_S = 60.0
@@ -56,7 +58,7 @@ class SeaweedServer:
         with open(self.directory / "weed.log", "wb") as log:
             # Its own session: a Ctrl-C meant for the tests must not end it before they have finished with it.
             self._process = subprocess.Popen(
-                command, stdout=log, stderr=subprocess.STDOUT, cwd=self.directory, start_new_session=True
+                ends_with_us(command), stdout=log, stderr=subprocess.STDOUT, cwd=self.directory, start_new_session=True
             )
         try:
             self._wait_until_ready()
