@@ -6,7 +6,6 @@ The files and variables are looked for here and not in cli.py, because they belo
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import threading
@@ -82,11 +81,8 @@ class ProfileCredentials:
         """A store did not accept these keys: next time the whole chain is walked anew, a `credential_process` included."""
         self._was_refused = True
 
-    async def __call__(self) -> S3Credential:
-        # A refresh may ask SSO or STS over the network, or run a program: not on the event loop.
-        return await asyncio.to_thread(self._now)
-
-    def _now(self) -> S3Credential:
+    def __call__(self) -> S3Credential:
+        """Blocks: a refresh may ask SSO or STS over the network, or run a program."""
         import botocore.session
 
         with self._lock:

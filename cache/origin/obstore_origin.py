@@ -4,17 +4,24 @@ Every range is a GET with If-Match, and the etag in the answer is compared too, 
 retries are off. The body is collected by obstore outside the interpreter lock and handed on as it is (`obstore.Bytes` is a buffer): one
 copy, from the socket's chunks into one piece of memory.
 
+Every request is a blocking call of obstore in a thread of Python's own, which the interpreter joins at its end. obstore's `async` calls are
+never used: they hand their results over in threads that Python does not know, and one that is still in there when the interpreter
+ends aborts the process, with its work done (decisions/0088).
+
 Known limits of obstore, met here: it does not show response headers of failures (so `retry_after_s` is always None), and it cannot
 name keys with empty or dotted segments (`a//b`, `a/../b`); those are refused with the way out (`fsspec+s3://`).
 """
 
 from __future__ import annotations
 
+import asyncio
 import builtins
+import io
 import os
 import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -57,17 +64,20 @@ _NOT_PLAIN_S = 600.0
 """After an answer that only the store's client understands, how long it is asked without trying the plain way first."""
 _RENEW_EVERY_S = 5.0
 """So often refused keys are read anew, at most: an object that nobody may read is no reason to run a program for each try."""
+MAX_REQUESTS = 64
+"""Threads of one origin, made when needed: each waits for one request. As many as connections are kept open (OriginOptions)."""
 SCHEMES = frozenset({"s3", "gs", "az", "abfs", "abfss", "http", "https"})
 
 
 class ObstoreOrigin:
-    """One bucket, container or HTTP host. Needs no closing; obstore's stores are safe from any thread and event loop."""
+    """One bucket, container or HTTP host. Needs no closing; obstore's stores are safe from any thread."""
 
     def __init__(self, location: Location, options: OriginOptions) -> None:
         """Raises OriginMisconfigured when no store can be built for the location."""
         self._is_http = location.scheme in ("http", "https")
         self._location, self._options = location, options
         self._writing_store: ObjectStore | None = None
+        self._threads = ThreadPoolExecutor(MAX_REQUESTS, thread_name_prefix="origin")
         self._signed: dict[str, tuple[float, PlainTarget]] = {}
         self._not_plain_until_s = 0.0
         self._renewed_s = float("-inf")
@@ -87,7 +97,7 @@ class ObstoreOrigin:
     async def _head(self, url: str) -> ObjectInfo:
         path = self._path(url)
         try:
-            meta = await obstore.head_async(self._store, path)
+            meta = await self._in_thread(obstore.head, self._store, path)
         except (BaseError, OSError, ValueError) as e:
             raise await self._explained("HEAD", url, path, e) from e
         return ObjectInfo(url, meta["size"], _etag(meta, url))
@@ -95,17 +105,20 @@ class ObstoreOrigin:
     async def get_range(self, url: str, etag: str, start: int, end: int) -> Buffer:
         if start == end:
             return b""
-        options: GetOptions = {"range": (start, end), **_condition(etag)}
         try:
-            result = await obstore.get_async(self._store, self._path(url), options=options)
-            found = _etag(result.meta, url)
-            if found != etag:
-                raise failures.changed(url, etag, found)
-            if end > result.meta["size"]:
-                raise failures.beyond_end(url, start, end, result.meta["size"])
-            data = await result.bytes_async()
+            return await self._in_thread(self._get, url, etag, start, end)
         except (BaseError, OSError, ValueError) as e:
             raise _error("GET", url, e) from e
+
+    def _get(self, url: str, etag: str, start: int, end: int) -> Buffer:
+        options: GetOptions = {"range": (start, end), **_condition(etag)}
+        result = obstore.get(self._store, self._path(url), options=options)
+        found = _etag(result.meta, url)
+        if found != etag:
+            raise failures.changed(url, etag, found)
+        if end > result.meta["size"]:
+            raise failures.beyond_end(url, start, end, result.meta["size"])
+        data = result.bytes()
         if len(data) != end - start:
             raise failures.cut_short(url, start, end, len(data))
         return data
@@ -137,12 +150,12 @@ class ObstoreOrigin:
     async def _signed_url(self, path: str) -> str:
         assert isinstance(self._store, S3Store)
         if os.environ.get("AWS_SKIP_SIGNATURE", "").lower() not in ("1", "true", "yes"):
-            return await obstore.sign_async(self._store, "GET", path, _SIGNED_FOR)
+            return await self._in_thread(obstore.sign, self._store, "GET", path, _SIGNED_FOR)
         # obstore knows how the url is written; a signature by nobody shows it, and is cut off.
         shown = S3Store(
             self._location.bucket, access_key_id="-", secret_access_key="-", client_options={"allow_http": True}
         )
-        return (await obstore.sign_async(shown, "GET", path, _SIGNED_FOR)).partition("?")[0]
+        return (await self._in_thread(obstore.sign, shown, "GET", path, _SIGNED_FOR)).partition("?")[0]
 
     def forget_signature(self, url: str) -> None:
         """The store did not accept it: the credentials may have changed."""
@@ -192,14 +205,16 @@ class ObstoreOrigin:
         prefix = location.key.rstrip("/")
         found: list[ObjectInfo] = []
         try:
-            async for chunk in obstore.list(self._store, prefix or None, chunk_size=1000):
-                for meta in chunk:
-                    url = location.url_of(meta["path"])
-                    found.append(ObjectInfo(url, meta["size"], _etag(meta, url)))
+            for meta in await self._in_thread(self._listed, prefix):
+                url = location.url_of(meta["path"])
+                found.append(ObjectInfo(url, meta["size"], _etag(meta, url)))
         except (BaseError, OSError, ValueError) as e:
             raise _error("list", location.url_of(location.key), e) from e
         found.sort(key=lambda info: info.url)
         return _without_directory_markers(found)
+
+    def _listed(self, prefix: str) -> builtins.list[ObjectMeta]:
+        return [meta for chunk in obstore.list(self._store, prefix or None, chunk_size=1000) for meta in chunk]
 
     async def put(self, url: str, data: Buffer) -> ObjectInfo:
         if self._writing_store is None:
@@ -207,14 +222,20 @@ class ObstoreOrigin:
             slow = replace(self._options, read_timeout_s=_WRITE_TIMEOUT_S, request_timeout_s=_WRITE_TIMEOUT_S)
             self._writing_store = _store(self._location, slow, self._profile)
         try:
-            # One request whatever the size: multipart would give an etag of another form and two ways to fail.
-            await obstore.put_async(self._writing_store, self._path(url), memoryview(data), use_multipart=False)
+            # One request whatever the size: multipart would give an etag of another form and two ways to fail. A file, because a buffer
+            # of Python's would be let go of by the thread that sends it: one of those that must never enter the interpreter.
+            body = io.BytesIO(data)
+            await self._in_thread(partial(obstore.put, self._writing_store, self._path(url), body, use_multipart=False))
         except (BaseError, OSError, ValueError) as e:
             raise _error("PUT", url, e) from e
         return await self.head(url)
 
     async def close(self) -> None:
-        pass
+        """Requests under way are not waited for here, but at the interpreter's end."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def _in_thread(self, call: Callable[..., T], *arguments: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, call, *arguments)
 
     def _path(self, url: str) -> str:
         key = urls.parse(url).key
@@ -242,7 +263,7 @@ class ObstoreOrigin:
         if self._is_http or not re.search(r"status code: 4(00|03|04)", str(error)):
             return first
         try:
-            await obstore.get_async(self._store, path, options={"range": (0, 1)})
+            await self._in_thread(partial(obstore.get, self._store, path, options={"range": (0, 1)}))
         except (BaseError, OSError, ValueError) as reason:
             explained = _error(operation, url, reason)
             return first if explained.is_retryable else explained

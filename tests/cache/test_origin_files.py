@@ -190,5 +190,5 @@ def test_a_profile_brings_keys_region_and_endpoint(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("AWS_PROFILE", "lab")
     settings = profile_settings()
     assert (settings["region"], settings["endpoint"]) == ("eu-west-7", "http://store:9000")
-    credential = asyncio.run(settings["credential_provider"]())
+    credential = settings["credential_provider"]()
     assert (credential["access_key_id"], credential["secret_access_key"]) == ("K", "S")
