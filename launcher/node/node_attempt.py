@@ -254,6 +254,10 @@ class NodeAttempt:
 
     def _rank_reports(self, member: Member, files: RankFiles, again: Callable[[str], None], report: Report) -> None:
         match report:
+            case NeverBorn() if self._is_stopping:
+                self._rank_is_gone(
+                    member.rank
+                )  # the word to stop has gone with it: started again, nobody would ever stop it
             case NeverBorn():
                 try:
                     again("the fork server died before it was forked")
@@ -271,10 +275,13 @@ class NodeAttempt:
             case Exited(status=status, at_s=at_s):
                 self._rank_exited(member, files, status, at_s)
             case Gone():
-                del self._ranks[member.rank]
-                self._pages.pop(member.rank).close()
-                remove(self._temporary.pop(member.rank, ""))
-                self._check_over()
+                self._rank_is_gone(member.rank)
+
+    def _rank_is_gone(self, rank: int) -> None:
+        del self._ranks[rank]
+        self._pages.pop(rank).close()
+        remove(self._temporary.pop(rank, ""))
+        self._check_over()
 
     def _rank_exited(self, member: Member, files: RankFiles, status: ExitStatus, at_s: float) -> None:
         if self._spec.logs.shown(member.rank, member.local_rank):
@@ -332,7 +339,7 @@ class NodeAttempt:
 
     def _store_reports(self, listener: socket.socket, address: StoreAddress, log_path: str, report: Report) -> None:
         match report:
-            case NeverBorn():
+            case NeverBorn() if not self._is_stopping or self._ranks:  # ranks that save may need it
                 self._host_store(listener, address, log_path, None)
             case Started():
                 listener.close()  # it has its own; ours was for the case that the fork server dies first
@@ -343,7 +350,7 @@ class NodeAttempt:
                 listener.close()
                 words = last_lines(log_path, 3)
                 self._fail(f"the host of the gang's store ended with {status}" + (f": {words}" if words else ""))
-            case Gone():
+            case Gone() | NeverBorn():
                 listener.close()
                 self._store = None
                 self._check_over()

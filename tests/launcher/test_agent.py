@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -23,9 +24,11 @@ from launcher.gang.events import (
     ModulesLearnt,
     NodeFailed,
     NodeLost,
+    NodesReady,
     Notice,
     OutputEnded,
     RankExited,
+    RanksStarted,
     StoreAddress,
     StoreOpened,
 )
@@ -84,6 +87,34 @@ def test_commands_that_come_after_an_attempt_was_ended_start_nothing(house: Hous
     node.stop_attempt(0, 0.0, signal.SIGKILL)
     house.sink.wait_for(OutputEnded)
     assert [type(event) for event in house.sink.events[1:]] == [AttemptEnded]
+
+
+def test_an_attempt_that_is_stopped_before_its_ranks_are_born_ends_when_the_fork_server_dies(house: House) -> None:
+    """What is started in their place would never hear of the stop: the node held the gang up until it was given up (found by chaos)."""
+    house.begin("wait")
+    node = house.cluster.node(os.uname().nodename)
+
+    def servers() -> list[int]:
+        found = []
+        for pid in children_of(os.getpid()):
+            with contextlib.suppress(OSError):
+                found += [pid] if b"forkserver.py" in Path(f"/proc/{pid}/cmdline").read_bytes() else []
+        return found
+
+    wait_until(lambda: len(servers()) == 1, "the fork server to be started")
+    os.kill(servers()[0], signal.SIGSTOP)
+    frozen = Process.of(servers()[0])
+    node.open_store(0)
+    plan = AttemptPlan(
+        0, arrange(house.sink.wait_for(NodesReady)[0].nodes), house.sink.wait_for(StoreOpened)[0].address
+    )
+    node.start_ranks(plan)
+    node.stop_attempt(0, 600.0, signal.SIGTERM)
+    node.open_store(1)
+    house.sink.wait_for(NodeFailed)  # commands are carried out in their order: the stop has been
+    os.kill(frozen.pid, signal.SIGKILL)
+    house.sink.wait_for(AttemptEnded)
+    assert not house.sink.of(RanksStarted)
 
 
 def test_a_port_that_is_taken_fails_the_attempt_with_its_reason(house: House) -> None:
