@@ -43,6 +43,8 @@ PATIENCE_S = 90.0
 """Only what is broken takes so long to train again."""
 LEFT_PATIENCE_S = 40.0
 """Within this everything of a job must be gone: an actor that was frozen or cut off stays for half a minute to say why (agent_actor)."""
+GIVEN_UP = "has not ended attempt"
+"""What the launcher says of a node that it waits for in vain. Whatever is broken here is noticed sooner, by somebody else."""
 STEPS_AGAIN = 3
 """So many steps on every rank are training."""
 FLAGS = (
@@ -107,6 +109,12 @@ class Chaos:
     is_to_keep: bool = False
     """The directory is for a person to look at."""
 
+    def keep(self) -> None:
+        """Everything stays for a person to look at, what Ray has logged as well."""
+        self.is_to_keep = True
+        for logs in Path(self.cluster.directory).glob("session_2*/logs"):
+            shutil.copytree(logs, self.directory / "ray_logs", symlinks=True, dirs_exist_ok=True)
+
     def run_job(self, number: int, num_rounds: int) -> None:
         """One job through so many rounds, its end, and its audit. Raises Finding."""
         self.job = self.directory / f"job{number}"
@@ -150,6 +158,8 @@ class Chaos:
         broken = fault.strike(self, victim)
         say(f"round {number}: {fault.name}: rank {victim.rank} of attempt {before.number}, node {victim.node.idx}")
         self._wait_for_training(before.number + 1 if fault.disturbs else before.number, fault.name)
+        if GIVEN_UP in self.said():
+            raise Finding(f"after {fault.name} a node that answers was given up, because it did not end its attempt")
         self.took_s.setdefault(fault.name, []).append(time.monotonic() - began_s)
         if broken is not None:
             broken.kill()
@@ -478,7 +488,7 @@ def main() -> int:
             run(chaos, args.rounds)
         except Finding as finding:
             say(f"FOUND: {finding}\n  in {chaos.job}; to repeat: {command}\n\n{chaos.said()[-4000:]}")
-            chaos.is_to_keep = True
+            chaos.keep()
             return 1
     load = f"{before:.1f}, {os.getloadavg()[0]:.1f}"
     text = render(chaos, command, args.rounds, load, (time.monotonic() - began_s) / 60)
