@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from launcher.gang.diagnosis import Diagnosis, Kind
-from launcher.gang.health import GivenUp, GoesOn, Named
+from launcher.gang.health import GivenUp, GoesOn, Named, Noticed
 from launcher.gang.stragglers import Straggling
 from launcher.gang.world import World
 from launcher.spec import OnHang
@@ -36,6 +36,24 @@ def named(finding: Named, world: World, stacks: str, on_hang: OnHang) -> str:
     return "\n".join(lines)
 
 
+def noticed(finding: Noticed, world: World) -> str:
+    """A line: who computes, where, and that this is no alarm."""
+    culprits = finding.diagnosis.culprits
+    computes, them = ("compute", "them") if len(culprits) > 1 else ("computes", "it")
+    others = world.world_size - len(culprits)
+    wait = "others wait" if others > 1 else "other waits"
+    where = " ← ".join(finding.where[:_MAX_FRAMES])
+    return (
+        f"{ranks_text(culprits)} {_on_hosts(culprits, world)} {computes} in one place, and {others} {wait} for {them} since "
+        f"{finding.quiet_s:.0f} s: {where} (called a hang after {finding.named_at_s:.0f} s)"
+    )
+
+
+def _on_hosts(culprits: Sequence[int], world: World) -> str:
+    hosts = sorted({world.member(rank).node.hostname for rank in culprits})
+    return f"on {hosts[0]}" if len(hosts) == 1 else f"on {len(hosts)} nodes"
+
+
 def _matter(diagnosis: Diagnosis, world: World) -> str:
     kind, culprits, is_certain = diagnosis.kind, diagnosis.culprits, diagnosis.is_certain
     if kind is Kind.ALL_WAIT:
@@ -44,9 +62,7 @@ def _matter(diagnosis: Diagnosis, world: World) -> str:
         return f"all {world.world_size} ranks {kind.value}"
     if not culprits:
         return "all ranks are quiet together, and nobody stands out"
-    hosts = sorted({world.member(rank).node.hostname for rank in culprits})
-    where = f" on {hosts[0]}" if len(hosts) == 1 else f" on {len(hosts)} nodes"
-    who = ranks_text(culprits) + where
+    who = f"{ranks_text(culprits)} {_on_hosts(culprits, world)}"
     others = world.world_size - len(culprits)
     pronoun = "it" if len(culprits) == 1 else "them"
     waits = f", and {others} other{'s wait' if others > 1 else ' waits'} for {pronoun}" if others and is_certain else ""
@@ -58,6 +74,7 @@ _PLURAL = {
     Kind.FROZEN: "are stopped (state T: SIGSTOP)",
     Kind.SPINNING: "spin in one place",
     Kind.AWAY: "stay in one place that is no collective",
+    Kind.DEVICE: "wait for a disk or a file system (state D)",
     Kind.DATA: "wait for their data loaders",
     Kind.FETCHING: "wait for their data loaders, which are at work",
     Kind.ASTRAY: "wait in other places than most",

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from launcher import hangwords
 from launcher.gang import patience
 from launcher.gang.events import RankExited, RankHung
-from launcher.gang.health import Finding, GivenUp, GoesOn, Health, Named, NeedStacks
+from launcher.gang.health import Finding, GivenUp, GoesOn, Health, Named, NeedStacks, Noticed
 from launcher.gang.observations import NodeProgress, StacksTaken
 from launcher.gang.patience import HangRules, look_every_s
 from launcher.gang.stragglers import Straggling
@@ -94,6 +94,8 @@ class Monitor:
         match finding:
             case NeedStacks(look=look):
                 return (TakeStacks(self._attempt, look, False),)
+            case Noticed():
+                return (finding, Say(hangwords.noticed(finding, world)))
             case Named():
                 stacks = f"{self._run_dir}/attempt_{self._attempt}/stacks"
                 text = hangwords.named(finding, world, stacks, self._spec.on_hang)

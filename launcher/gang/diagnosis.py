@@ -29,6 +29,7 @@ class Kind(enum.Enum):
     FROZEN = "is stopped (state T: SIGSTOP)"
     SPINNING = "spins in one place"
     AWAY = "stays in one place that is no collective"
+    DEVICE = "waits for a disk or a file system (state D)"
     DATA = "waits for its data loader"
     FETCHING = "waits for its data loader, which is at work"
     GONE = "has ended"
@@ -39,7 +40,8 @@ class Kind(enum.Enum):
     QUIET = "are quiet together"
 
 
-_CULPABLE = (Kind.SPINNING, Kind.AWAY, Kind.DATA, Kind.FETCHING)
+_CULPABLE = (Kind.SPINNING, Kind.AWAY, Kind.DEVICE, Kind.DATA, Kind.FETCHING)
+"""In the order in which they are accused: whoever sleeps elsewhere may wait for the one that computes (a lock file)."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,10 @@ class Looks:
         """It computes, or would if the machine let it."""
         num_running = sum(sample.state == "R" for sample in self.recent)
         return self.cpu() >= _BUSY_CPU or 2 * num_running > len(self.recent)
+
+    def is_on_device(self) -> bool:
+        """It is in uninterruptible sleep whenever it is seen."""
+        return 2 * sum(sample.state == "D" for sample in self.recent) > len(self.recent)
 
     def is_active(self) -> bool:
         """It reads, writes, or has children that compute."""
@@ -162,10 +168,9 @@ def _nobody_waits(kinds: Mapping[int, Kind], *, has_bystanders: bool) -> Diagnos
     """All quiet, and no frame says that somebody waits for somebody: between two phases of a job it looks just so."""
     if has_bystanders or any(kind not in _CULPABLE for kind in kinds.values()):
         return Diagnosis(Kind.QUIET, is_certain=False)
-    if len(kinds) > 1:
+    if len(set(kinds.values())) > 1 or (len(kinds) > 1 and Kind.SPINNING not in kinds.values()):
         return Diagnosis(Kind.STILL, is_certain=False)
-    ((rank, kind),) = kinds.items()
-    return Diagnosis(kind, (rank,), is_certain=False)
+    return Diagnosis(next(iter(kinds.values())), tuple(sorted(kinds)), is_certain=False)
 
 
 def _kind_of(looks: Looks) -> Kind:
@@ -175,6 +180,8 @@ def _kind_of(looks: Looks) -> Kind:
         return Kind.QUIET
     if looks.work or looks.is_active() or not looks.is_still():
         return Kind.WORKING
+    if looks.is_on_device():
+        return Kind.DEVICE
     return Kind.SPINNING if looks.is_busy() else Kind.AWAY
 
 

@@ -2,6 +2,7 @@
 
 A rank is *quiet* while no step and no batch of it is seen. Who is quiet for a good part of the limit is looked at more closely
 (`NeedStacks`), then named (`Named`), and only then, when it is certain or has lasted long, given up (`GivenUp`): `patience.py` says when.
+Who computes in one place while the others wait is told as a notice first (`Noticed`): it may be one long call.
 
 Before the first step of an attempt nothing is judged (it may take its time, or never have an optimizer), but a stopped rank is. A rank
 that makes no steps while others do is nobody's culprit.
@@ -38,6 +39,16 @@ class NeedStacks:
 
 
 @dataclass(frozen=True)
+class Noticed:
+    """The others wait for these ranks, which compute. Before `named_at_s` it is not called a hang."""
+
+    diagnosis: Diagnosis
+    quiet_s: float
+    where: Frames
+    named_at_s: float
+
+
+@dataclass(frozen=True)
 class Named:
     """These ranks (none: nobody stands out) hold up the job. `groups`: where ranks stand, most ranks first."""
 
@@ -66,7 +77,7 @@ class GoesOn:
     quiet_s: float
 
 
-Finding = NeedStacks | Named | GivenUp | GoesOn | Straggling
+Finding = NeedStacks | Noticed | Named | GivenUp | GoesOn | Straggling
 
 
 @dataclass
@@ -76,6 +87,7 @@ class _Episode:
     first_look: int
     looks: dict[int, Looks] = field(default_factory=dict)
     num_asked: int = 0
+    noticed: Diagnosis | None = None
     named: Diagnosis | None = None
     is_given_up: bool = False
     longest_s: float = 0.0
@@ -169,9 +181,9 @@ class Health:
 
     @property
     def hung(self) -> Sequence[int]:
-        """Ranks that are named now."""
-        named = self._episode.named if self._episode is not None else None
-        return named.culprits if named is not None else ()
+        """Ranks that keep the others waiting now, as far as it was said."""
+        told = (self._episode.named or self._episode.noticed) if self._episode is not None else None
+        return told.culprits if told is not None else ()
 
     @property
     def is_given_up(self) -> bool:
@@ -259,7 +271,7 @@ class Health:
         is_looked_at = diagnosis.kind is Kind.FROZEN or episode.is_looked_at()
         if not is_looked_at and quiet_s < name_s + self._rules.limits.looks_s:
             return ()
-        findings: list[Finding] = []
+        findings: list[Finding] = list(self._notice(episode, diagnosis, quiet_s, base_s, name_s))
         if quiet_s >= name_s and (episode.named is None or _is_other(diagnosis, episode.named)):
             episode.named = diagnosis
             groups = _standing(episode.looks)
@@ -270,14 +282,25 @@ class Health:
             findings.append(GivenUp(diagnosis, quiet_s, give_up_s))
         return findings
 
+    def _notice(
+        self, episode: _Episode, diagnosis: Diagnosis, quiet_s: float, base_s: float, name_s: float
+    ) -> Sequence[Finding]:
+        notice_s = patience.notice_s(self._rules, diagnosis, base_s, self._healed)
+        if notice_s is None or not notice_s <= quiet_s < name_s or episode.noticed or episode.named:
+            return ()
+        episode.noticed = diagnosis
+        frames = episode.looks[diagnosis.culprits[0]].frames
+        return (Noticed(diagnosis, quiet_s, frames[-1] if frames else (), name_s),)
+
     def _end_episode(self) -> Sequence[Finding]:
         episode, self._episode = self._episode, None
-        if episode is None or episode.named is None:
+        told = (episode.named or episode.noticed) if episode is not None else None
+        if episode is None or told is None:
             return ()
-        kind = episode.named.kind
-        if kind is not Kind.FROZEN:
-            self._healed[sort_of(kind)] = max(self._healed.get(sort_of(kind), 0.0), episode.longest_s)
-        return (GoesOn(episode.named, episode.longest_s),)
+        if told.kind is not Kind.FROZEN:
+            sort = sort_of(told.kind)
+            self._healed[sort] = max(self._healed.get(sort, 0.0), episode.longest_s)
+        return (GoesOn(told, episode.longest_s),) if episode.named is not None else ()
 
 
 def _bystanders(samples: Mapping[int, RankSample]) -> set[int]:

@@ -6,13 +6,16 @@ naming is quick where nothing but a hang looks so, and giving up is generous whe
 | what is seen | named after | given up after |
 |---|---|---|
 | a rank is stopped (SIGSTOP) | 10 s | at once; if all are, 1 h |
-| the others wait in a collective; one stays in one place, waits elsewhere than most, or has ended with 0 | base | max(300 s, 10 base) |
+| the others wait in a collective; one sleeps in one place, waits elsewhere than most, or has ended with 0 | base | max(300 s, 10 base) |
+| the others wait; one *computes* in one place: a livelock or a long call | a notice: base; max(60 s, 6 base) | max(600 s, 20 base) |
 | all wait for each other | 3 base | max(300 s, 10 base) |
-| the others wait; one waits for its data loader | 3 base | twice as long; never while its workers work |
+| the others wait; one waits for its data loader, or for a disk (state D) | 3 base | twice as long; never while its workers work |
 | nobody is seen to wait: all stand still, or one does while the others step on | 3 base | max(1 h, 30 base); never if others step |
 | it reads, writes, computes in children, moves about in its code, or is known to be at work (`work.py`) | max(600 s, 10 base) | never |
 
-300 s is half of what NCCL waits before it aborts by itself. A quiet time that ended by itself is remembered: the same is not named again
+300 s is half of what NCCL waits before it aborts by itself; a rank that burns its CPU is given all of it, because nothing that is seen from
+outside tells a loop that never ends from one that does (decisions/0095). The notice is a line, no alarm: it names the rank as soon as the
+others, and is not counted as a hang. A quiet time that ended by itself is remembered: the same is not named again
 below 1.5 times of it, nothing is given up below 3 times. A limit of the user's own (`--hang-timeout SECONDS`) is both limits for all of it,
 ten times that before the first step; only where others step on is nothing given up.
 """
@@ -38,6 +41,8 @@ class Limits:
     give_up_s: float = 300.0
     alone_give_up_s: float = 3600.0
     work_name_s: float = 600.0
+    compute_name_s: float = 60.0
+    compute_give_up_s: float = 600.0
     looks_s: float = 12.0
     """A rank is not named before it was looked at often enough, or the looks are overdue by so long. (One that fails takes 8.5 s.)"""
 
@@ -85,19 +90,39 @@ def limits_s(
         return limits.quick_s, limits.quick_s if diagnosis.is_certain else limits.alone_give_up_s
     if kind in (Kind.WORKING, Kind.QUIET):
         name_s, give_up_s = max(limits.work_name_s, 10 * base_s), math.inf
+    elif diagnosis.is_certain and kind is Kind.SPINNING:
+        name_s, give_up_s = _computing_s(limits, base_s), max(limits.compute_give_up_s, 20 * base_s)
     elif diagnosis.is_certain:
-        is_late = kind in (Kind.DATA, Kind.FETCHING, Kind.ALL_WAIT)
+        is_late = kind in (Kind.DATA, Kind.FETCHING, Kind.DEVICE, Kind.ALL_WAIT)
         name_s, give_up_s = 3 * base_s if is_late else base_s, max(limits.give_up_s, 10 * base_s)
-        give_up_s *= 2 if kind is Kind.DATA else 1
+        give_up_s *= 2 if kind in (Kind.DATA, Kind.DEVICE) else 1
     else:
-        name_s = 3 * base_s
+        name_s = _computing_s(limits, base_s) if kind is Kind.SPINNING else 3 * base_s
         give_up_s = math.inf if is_moving else max(limits.alone_give_up_s, 30 * base_s)
     if kind is Kind.FETCHING:
         give_up_s = math.inf
     longest_s = max(healed.values(), default=0.0)
-    return max(name_s, 1.5 * healed.get(sort_of(kind), 0.0)), max(give_up_s, 3 * longest_s)
+    return max(name_s, 1.5 * _healed_s(kind, healed)), max(give_up_s, 3 * longest_s)
+
+
+def notice_s(rules: HangRules, diagnosis: Diagnosis, base_s: float, healed: Mapping[Kind, float]) -> float | None:
+    """When a line says who keeps the others waiting, well before it is called a hang; None: there is none for the like."""
+    if diagnosis.kind is not Kind.SPINNING or not diagnosis.is_certain or rules.timeout_s is not None:
+        return None
+    return max(base_s, 1.5 * _healed_s(diagnosis.kind, healed))
+
+
+def _computing_s(limits: Limits, base_s: float) -> float:
+    return max(limits.compute_name_s, 6 * base_s)
 
 
 def sort_of(kind: Kind) -> Kind:
-    """What people would call the same: the next evaluation in one call may compute where this one waited."""
-    return {Kind.SPINNING: Kind.AWAY, Kind.STILL: Kind.AWAY, Kind.FETCHING: Kind.DATA}.get(kind, kind)
+    """What people would call the same."""
+    return {Kind.STILL: Kind.AWAY, Kind.FETCHING: Kind.DATA}.get(kind, kind)
+
+
+def _healed_s(kind: Kind, healed: Mapping[Kind, float]) -> float:
+    """The next evaluation in one call may compute where this one waited. Not the other way round: a rank that has computed for a minute
+    does not make those that sleep elsewhere less suspicious."""
+    sorts = (Kind.SPINNING, Kind.AWAY) if kind is Kind.SPINNING else (sort_of(kind),)
+    return max(healed.get(sort, 0.0) for sort in sorts)

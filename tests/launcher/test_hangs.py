@@ -128,12 +128,18 @@ def write_checkpoint():
             file.write(bytes(1 << 20))
             file.seek(0)
 
+def crunch():  # a computation without I/O, in one place
+    while True:
+        try: os.stat("noticed")
+        except FileNotFoundError: continue
+        return
+
 def batches():
     for _ in data.DataLoader(range(10)):
         time.sleep(0.25)
 
 train(5)
-for phase in (evaluate, write_checkpoint, batches):
+for phase in (evaluate, write_checkpoint, crunch, batches):
     if rank == 0: phase()
     train(5)
 open(f"healthy.{rank}", "w").close()
@@ -159,8 +165,14 @@ def test_what_healthy_jobs_do_for_longer_than_the_learnt_limit_is_no_hang_and_a_
     (tmp_path / "train.py").write_text(HEALTHY)
     options = ["--nproc-per-node", "2", "train.py"]
     with Launched(tmp_path, *options, program=["-c", QUICKER]) as launched:
+        wait_for_kinds(launched, "Noticed")
+        (tmp_path / "noticed").touch()
         code, _, err = launched.finish()
     assert code == EXIT_HUNG, err
+    (noticed,) = launched.journal("Noticed")
+    assert noticed.fields["diagnosis"] == {"kind": "SPINNING", "culprits": [0], "is_certain": True}
+    assert "rank 0 on" in err and "computes in one place, and 1 other waits for it since" in err
+    assert ": crunch (train.py:" in err
     names = [entry.fields["diagnosis"] for entry in launched.journal("Named")]
     assert names == [{"kind": "FROZEN", "culprits": [1], "is_certain": True}], err
     assert (tmp_path / "healthy.0").exists() and (tmp_path / "healthy.1").exists()
@@ -256,7 +268,6 @@ def test_report_leaves_the_job_alone(tmp_path: Path) -> None:
 
 
 def wait_for_kinds(launched: Launched, *kinds: str) -> None:
-
     wait_until(
         lambda: (launched.run_dir / "journal.jsonl").exists() and launched.journal(*kinds), f"{kinds} in the journal"
     )

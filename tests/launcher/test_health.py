@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from launcher.gang.diagnosis import Kind
-from launcher.gang.health import Finding, GivenUp, GoesOn, Health, Named, NeedStacks
+from launcher.gang.health import Finding, GivenUp, GoesOn, Health, Named, NeedStacks, Noticed
 from launcher.gang.observations import NodeProgress, RankSample, RankStack, StacksTaken
 from launcher.gang.patience import HangRules
 from launcher.gang.stragglers import NUM_WINDOWS, WINDOW_S, Straggling
@@ -127,14 +127,64 @@ def gang(num_ranks: int, culprit: int | None = None, rules: HangRules = LEARNT, 
 # --- who is to blame ----------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_livelocked_rank_is_named_in_ten_seconds_and_the_others_are_not() -> None:
+def test_a_livelocked_rank_is_told_in_ten_seconds_called_a_hang_in_sixty_and_given_up_in_ten_minutes() -> None:
+    """A loop that never ends looks like one long call: a line says so at once, and nothing is done before it is too long for one."""
     job = gang(4, 2, frames=lambda look: SPINS, is_busy=True).train(60)
-    (named,) = job.stand_still(20)
-    assert isinstance(named, Named)
-    assert (named.diagnosis.kind, named.diagnosis.culprits) == (Kind.SPINNING, (2,))
-    assert job.named_after_s() is not None and job.named_after_s() <= 11
+    noticed, named, given_up = job.stand_still(700)
+    assert isinstance(noticed, Noticed) and isinstance(named, Named) and isinstance(given_up, GivenUp)
+    assert (noticed.diagnosis.kind, noticed.diagnosis.culprits) == (Kind.SPINNING, (2,))
+    assert noticed.where == SPINS
+    at_s = {type(finding): at - job.began_s for at, finding in job.found}
+    assert at_s[Noticed] <= 11
+    assert noticed.named_at_s == 60 and 60 <= at_s[Named] <= 61
+    assert 600 <= at_s[GivenUp] <= 602
     assert named.groups[0] == (SPINS, (2,)), "the odd one out is shown first"
     assert named.groups[1][1] == (0, 1, 3)
+
+
+def test_one_long_call_without_io_is_a_line_once_and_no_hang() -> None:
+    """A metric computed in C by rank 0 alone, every thousand steps, while the others wait."""
+    job = gang(4, 0, frames=lambda look: SPINS, is_busy=True).train(60)
+    (noticed,) = job.stand_still(25)
+    assert isinstance(noticed, Noticed) and job.health.hung == (0,)
+    job.found = []
+    job.train(60)
+    assert [finding for _, finding in job.found] == [] and job.health.hung == ()
+    assert job.stand_still(30) == [], "the like, and not much longer, is no news"
+    job.train(60)
+    job.ranks[0].is_busy = False
+    (named,) = job.stand_still(15)
+    assert isinstance(named, Named) and job.named_after_s() is not None and job.named_after_s() <= 11, "but sleep is"
+
+
+def test_a_long_call_of_all_ranks_or_of_the_only_one_is_no_hang_for_a_minute() -> None:
+    """Nobody waits for anybody: each tokenises its part."""
+    for num_ranks in (1, 4):
+        job = gang(num_ranks)
+        for rank in job.ranks:
+            rank.frames, rank.is_busy = (lambda look: ("encode (train.py:20)", "<module> (train.py:9)")), True
+        assert job.train(60).stand_still(58) == []
+        (named,) = job.stand_still(10)
+        assert (named.diagnosis.kind, len(named.diagnosis.culprits)) == (Kind.SPINNING, num_ranks)
+
+
+def test_a_rank_that_stops_computing_and_sleeps_is_named_without_more_ado() -> None:
+    job = gang(2, 1, frames=lambda look: SPINS, is_busy=True).train(60)
+    assert [type(finding) for finding in job.stand_still(20)] == [Noticed]
+    job.ranks[1].is_busy = False
+    (named,) = job.stand_still(25)
+    assert isinstance(named, Named) and named.diagnosis.kind is Kind.AWAY
+
+
+def test_a_rank_that_waits_for_a_disk_is_told_later() -> None:
+    """One write to a slow file system takes its time, and one that has gone away takes for ever: both are seen as state D."""
+    job = gang(2, 0, frames=lambda look: ("keep (train.py:20)", "<module> (train.py:9)"), state="D").train(60)
+    assert job.stand_still(28) == []
+    (named,) = job.stand_still(10)
+    assert isinstance(named, Named)
+    assert (named.diagnosis.kind, named.diagnosis.culprits) == (Kind.DEVICE, (0,))
+    job.stand_still(700)
+    assert 560 <= (job.given_up_after_s() or 0) <= 570, "600 s since the last step"
 
 
 def test_a_rank_that_sleeps_elsewhere_has_left_the_step() -> None:
@@ -332,7 +382,7 @@ def test_what_was_quiet_for_a_reason_begins_afresh(how: str) -> None:
 
 
 def test_slow_steps_have_a_limit_of_their_own() -> None:
-    job = gang(2, 1, frames=lambda look: SPINS, is_busy=True)
+    job = gang(2, 1, frames=lambda look: SPINS)
     job.step_s = 20.0
     for _ in range(30):
         job.train(1).stand_still(19)
@@ -362,7 +412,7 @@ def test_a_node_that_is_not_heard_of_is_not_judged() -> None:
 
 
 def test_being_named_is_quick_and_being_given_up_is_generous() -> None:
-    job = gang(2, 1, frames=lambda look: SPINS, is_busy=True).train(60)
+    job = gang(2, 1, frames=lambda look: SPINS).train(60)
     job.stand_still(400)
     assert job.given_up_after_s() is not None and 300 <= job.given_up_after_s() <= 302
 

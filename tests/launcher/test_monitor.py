@@ -19,8 +19,10 @@ SPINS = ("spin (train.py:5)", "<module> (train.py:7)")
 class Scene:
     """Two nodes of one rank each; the second's never comes back."""
 
-    def __init__(self, on_hang: OnHang = OnHang.RESTART, *, answers: bool = True) -> None:
-        spec = JobSpec(Program(ProgramKind.SCRIPT, "train.py"), on_hang=on_hang, hang_timeout_s=10.0)
+    def __init__(
+        self, on_hang: OnHang = OnHang.RESTART, *, answers: bool = True, timeout_s: float | None = 10.0
+    ) -> None:
+        spec = JobSpec(Program(ProgramKind.SCRIPT, "train.py"), on_hang=on_hang, hang_timeout_s=timeout_s)
         self.monitor = Monitor(spec, "runs/r")
         self.monitor.begin(0, arrange([NodeInfo(name, f"host-{name}", name, 1) for name in "ab"], None, 2))
         self.answers = answers
@@ -65,6 +67,19 @@ def test_a_hung_rank_is_said_with_its_host_and_is_a_failure_when_the_stacks_are_
     (said,) = [effect.text for _, effect in scene.effects if isinstance(effect, Say)]
     assert said.startswith("rank 1 on host-b spins in one place, and 1 other waits for it; nothing has moved for 10 s")
     assert "stacks of all threads: runs/r/attempt_0/stacks" in said
+
+
+def test_who_computes_while_the_others_wait_is_a_line_and_nothing_is_done() -> None:
+    """With learnt limits: it may be one long call."""
+    scene = Scene(timeout_s=None)
+    for _ in range(40):
+        scene.second(moves=scene.now < 5)
+    (said,) = [effect.text for _, effect in scene.effects if isinstance(effect, Say)]
+    assert said == (
+        "rank 1 on host-b computes in one place, and 1 other waits for it since 10 s: spin (train.py:5) ← <module> (train.py:7) "
+        "(called a hang after 60 s)"
+    )
+    assert not scene.when(is_final) and not scene.when(is_hung)
 
 
 def test_stacks_that_do_not_come_are_waited_for_five_seconds() -> None:
