@@ -3,12 +3,13 @@
     python -m benchmarks.recovery                 # all ways, 5 rounds; writes benchmarks/results/
     python -m benchmarks.recovery --quick         # 1 round, prints only
     python -m benchmarks.recovery --no-ray        # without what needs a Ray cluster
-    python -m benchmarks.recovery --only "railhead, 1 × 2" --rounds 500 --warm 0 --result benchmarks/results/NAME.md
+    python -m benchmarks.recovery --only "railhead, 1 × 2" --rounds 500 --warm 1.5 --result benchmarks/results/NAME.md
+    python -m benchmarks.recovery --only "railhead, 1 × 2" "torchrun fastest, 1 × 2" --warm 0.1 0.5 1 2   # soon after the first step
 
 Every rank runs the same loop: a small model under DDP with gloo, an optimizer, one step after the other. When all ranks have
 trained for a while, one, drawn by chance, is sent SIGKILL. `training again` is the time from that moment until the last rank, all of
 them started anew, has made its first step. The ways take turns within each round. A trial that does not come back within the limit is
-counted as not recovered.
+counted as not recovered. Whoever breaks it off (Ctrl-C) has the page of what was measured by then.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ class Way:
     what: str
     commands: Callable[[], Sequence[Sequence[str]]]
     num_nodes: int
-    env: Mapping[str, str] = field(default_factory=dict)
+    env: Mapping[str, str] = field(default_factory=dict, hash=False)
 
 
 def ways(address: str | None) -> list[Way]:
@@ -200,57 +201,113 @@ def ray_cluster() -> Iterator[str]:
         server.wait(30)
 
 
-def render(chosen: Sequence[Way], found: dict[str, list[float | None]], command: str, load: str, warm_s: float) -> str:
-    """The report in Markdown."""
-    rows = []
-    for way in chosen:
-        back = sorted(trial for trial in found[way.name] if trial is not None)
-        count = f"{len(back)} of {len(found[way.name])}"
-        if back:
-            rows.append(f"| {way.name} | {count} | {statistics.median(back):.2f} | {back[0]:.2f} to {back[-1]:.2f} |")
-        else:
-            rows.append(f"| {way.name} | {count} | – | – |")
-    legend = "".join(f"- **{way.name}**: {way.what}\n" for way in chosen)
+@dataclass(frozen=True)
+class Case:
+    """One line of the table."""
+
+    way: Way
+    warm_s: float
+    """How long all have trained when one of them is killed."""
+
+
+@dataclass
+class Trials:
+    """What became of the trials of one case."""
+
+    back_s: list[float] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+    """`round 7: did not come back`."""
+
+    def row(self, case: Case) -> str:
+        back = sorted(self.back_s)
+        count = f"{len(back)} of {len(back) + len(self.failed)}"
+        head = f"| {case.way.name} | {case.warm_s:g} | {count} |"
+        return (
+            f"{head} {statistics.median(back):.2f} | {back[0]:.2f} to {back[-1]:.2f} |" if back else f"{head} – | – |"
+        )
+
+
+def render(found: Mapping[Case, Trials], command: str, load: str, broken_off: str) -> str:
+    """The report in Markdown. broken_off: after which round, if it was."""
+    rows = [trials.row(case) for case, trials in found.items()]
+    legend = "".join(f"- **{way.name}**: {way.what}\n" for way in dict.fromkeys(case.way for case in found))
+    failed = [f"{case.way.name}, {case.warm_s:g} s: {text}" for case, trials in found.items() for text in trials.failed]
+    failures = "".join(f"- {text}\n" for text in failed) or "None.\n"
     return (
         "# From the death of a rank until all train again\n\n"
         "Question: how long after SIGKILL of one rank has the last rank made its first step of the next attempt?\n\n"
         f"- Hardware: {hardware()}; load average before and after: {load}\n"
         f"- Versions: {versions(('torch', 'ray', 'railhead'))}\n"
-        f"- Command: `{command}`; the rank is killed {warm_s:g} s after the last rank's first step; the ways take turns in each round. "
-        f"Medians, and least to most, of the trials that came back within {TRIAL_TIMEOUT_S:g} s.\n\n"
-        "| way | recovered | training again (s) | spread (s) |\n|---|---|---|---|\n" + "\n".join(rows) + f"\n\n{legend}"
+        f"- Command: `{command}`; the rank is killed when all have trained for as long as the second column says, from the last rank's "
+        "first step on; the ways take turns in each round. "
+        f"Medians, and least to most, of the trials that came back within {TRIAL_TIMEOUT_S:g} s.\n"
+        + (f"- Broken off {broken_off}.\n" if broken_off else "")
+        + "\n| way | trained for (s) | recovered | training again (s) | spread (s) |\n|---|---|---|---|---|\n"
+        + "\n".join(rows)
+        + f"\n\n{legend}\n## Trials that failed\n\n{failures}"
     )
+
+
+def measure(case: Case, number: int, trials: Trials, chance: random.Random) -> None:
+    """One trial, whatever becomes of it."""
+    try:
+        took_s = try_once(case.way, case.warm_s, chance)
+    except RuntimeError as error:
+        told = f"did not start: {error}"
+    else:
+        told = "did not come back" if took_s is None else f"{took_s:.2f} s"
+    print(f"round {number}: {case.way.name}, {case.warm_s:g} s: {told}", flush=True)
+    if told.startswith("did not"):
+        trials.failed.append(f"round {number}: {told.splitlines()[0]}")
+    else:
+        assert took_s is not None
+        trials.back_s.append(took_s)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--warm", type=float, default=5.0, help="seconds of training before the kill")
+    parser.add_argument(
+        "--warm",
+        type=float,
+        nargs="+",
+        default=[5.0],
+        help="seconds of training before the kill; several: one case each",
+    )
     parser.add_argument("--quick", action="store_true", help="one round; the result is printed, not written")
     parser.add_argument("--no-ray", action="store_true", help="leave out the ways that need a Ray cluster")
-    parser.add_argument("--only", help="one way, by its name")
+    parser.add_argument("--only", nargs="+", help="these ways, by their names")
     parser.add_argument("--seed", type=int, default=0, help="draws who is killed")
     parser.add_argument("--result", type=Path, default=RESULT)
     args = parser.parse_args()
     before, chance = os.getloadavg()[0], random.Random(args.seed)
+    num_rounds = 1 if args.quick else args.rounds
     with contextlib.ExitStack() as stack:
-        needs_ray = not args.no_ray and (args.only is None or "Ray" in args.only)
+        needs_ray = not args.no_ray and (args.only is None or any("Ray" in name for name in args.only))
         address = stack.enter_context(ray_cluster()) if needs_ray else None
-        chosen = [way for way in ways(address) if args.only in (None, way.name)]
-        if not chosen:
+        chosen = [way for way in ways(address) if args.only is None or way.name in args.only]
+        if not chosen or (args.only is not None and len(chosen) < len(set(args.only))):
             parser.error(f"--only {args.only}: the ways are {', '.join(way.name for way in ways('ADDRESS'))}")
-        found: dict[str, list[float | None]] = {way.name: [] for way in chosen}
-        for number in range(1 if args.quick else args.rounds):
-            start = number % len(chosen)
-            for way in [*chosen[start:], *chosen[:start]]:
-                took_s = try_once(way, args.warm, chance)
-                told = "did not come back" if took_s is None else f"{took_s:.2f} s"
-                print(f"round {number}: {way.name}: {told}", flush=True)
-                found[way.name].append(took_s)
+        cases = [Case(way, warm_s) for way in chosen for warm_s in args.warm]
+        found = {case: Trials() for case in cases}
+        broken_off = ""
+
+        def page() -> str:
             command = shlex.join(["python", "-m", "benchmarks.recovery", *sys.argv[1:]])
-            text = render(chosen, found, command, f"{before:.1f}, {os.getloadavg()[0]:.1f}", args.warm)
+            text = render(found, command, f"{before:.1f}, {os.getloadavg()[0]:.1f}", broken_off)
             if not args.quick:
                 args.result.write_text(text)  # after each round: whoever ends us has what was measured
+            return text
+
+        try:
+            for number in range(num_rounds):
+                start = number % len(cases)
+                for case in [*cases[start:], *cases[:start]]:
+                    measure(case, number, found[case], chance)
+                text = page()
+        except KeyboardInterrupt:
+            broken_off = f"in round {number} of {num_rounds}"
+            text = page()
     print(text)
 
 

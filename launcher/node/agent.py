@@ -38,7 +38,7 @@ from launcher.node import strays
 from launcher.node.cache_child import CacheChild
 from launcher.node.cache_peers import PeerTerms
 from launcher.node.follow import LogFollower
-from launcher.node.forking import ForkServers
+from launcher.node.forkservers import ForkServers
 from launcher.node.gpu_memory import GpuProof
 from launcher.node.guarded import Gone, GuardedProcess, NeverBorn, Report
 from launcher.node.node_attempt import NodeAttempt
@@ -50,6 +50,8 @@ _CLOSE_TIMEOUT_S = 8.0
 _CACHE_AGAIN_MAX_S = 60.0
 """A cache daemon that keeps dying is started again more and more seldom: after 1, 2, 4 … s, and then once a minute."""
 _DISK_CHECK_S = 5.0
+_EAGER_S, _EAGERLY_EVERY_S = 60.0, 0.05
+"""For so long after an attempt's start it is looked so often whether a rank has told what it imported: it may die at any moment."""
 _STRAY_SWEEP_S = 0.5
 """After a guardian's death, strays appear as the kernel kills their parents: sweep until there was none for this long."""
 
@@ -95,6 +97,7 @@ class NodeAgent:
         self._has_told_of_disk = False
         self._next_progress_s = 0.0
         self._progress_every_s = look_every_s(spec.hang_timeout_s)
+        self._eager_until_s = 0.0
         self._is_closing = False
         self._commands: collections.deque[Callable[[], None]] = collections.deque()
         self._watched: set[GuardedProcess] = set()
@@ -247,6 +250,8 @@ class NodeAgent:
             deadlines_s.append(self._cache_again_at_s + 0.01)
         if self._attempt is not None:  # the disk is looked at on the same occasion, and what ranks have imported
             deadlines_s.append(self._next_progress_s)
+            if self._forks.wants_modules and time.monotonic() < self._eager_until_s:
+                deadlines_s.append(time.monotonic() + _EAGERLY_EVERY_S)
         if self._forks.is_warming:
             deadlines_s.append(time.monotonic() + _DISK_CHECK_S)
         return max(0.0, min(deadlines_s) - time.monotonic()) if deadlines_s else None
@@ -308,6 +313,7 @@ class NodeAgent:
         if attempt in self._ended or self._is_closing:
             return
         if self._attempt is None:
+            self._eager_until_s = time.monotonic() + _EAGER_S
             self._attempt = NodeAttempt(
                 attempt,
                 self._node,

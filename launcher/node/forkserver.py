@@ -11,6 +11,8 @@ module that breaks this is named, and the process ends; the agent starts a clean
 Then each message brings three or four descriptors: the control socket of a new guardian, its process's standard output and error, and
 maybe one to keep. The guardian (`guardian.py`, forked twice so that the agent is its parent) reads its job from the socket and forks the
 process, which leaves `serve` and continues at the end of this file.
+
+A message may also ask for another server, and brings its control socket: a fork of this one, which then imports more.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import signal
 import socket
 import sys
 import time
+import traceback
 import types
 
 TYPE_CHECKING = False
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
 
 _HERE = os.path.dirname(os.path.abspath(__file__))
 _MAX_MESSAGE = 1 << 20
+PROCESS_NAME = b"railhead-forks"
 _AT_START = frozenset(
     {"builtins", "sys", "os", "io", "abc", "codecs", "encodings", "site", "stat", "posixpath", "genericpath"}
 )
@@ -189,7 +193,11 @@ class Server:
 
     def prepare(self) -> bool:
         """Carries out the first message; False when this process is of no use."""
-        message = json.loads(self._control.recv(_MAX_MESSAGE))
+        words = self._control.recv(_MAX_MESSAGE)
+        if not words:
+            return False
+        message = json.loads(words)
+        self.guardian.prctl(self.guardian.PR_SET_NAME, PROCESS_NAME)  # the agent has us in its books
         began_s = time.monotonic()
         failed: dict[str, str] = {}
         names = list(message["first"])
@@ -217,7 +225,10 @@ class Server:
             message, fds, _, _ = socket.recv_fds(self._control, 64, 4)
             if not message:
                 return
-            self._fork(fds)
+            if message == b"server":
+                self._fork_server(fds)
+            else:
+                self._fork(fds)
 
     def _tell(self, message: dict[str, Any]) -> None:
         with contextlib.suppress(OSError):
@@ -238,14 +249,41 @@ class Server:
             os._exit(1)
         os._exit(0)
 
-    def _be_guardian(self, fds: list[int]) -> None:
+    def _fork_server(self, fds: list[int]) -> None:
+        """In the child, the loop of `serve` goes on for the other socket, with more in memory."""
+        pid = os.fork()
+        if pid:
+            for fd in fds:
+                os.close(fd)
+            os.waitpid(pid, 0)
+            return
+        try:
+            self._fall_to_agent()
+            self._control.close()
+            self._control = socket.socket(fileno=fds[0])
+            os.set_inheritable(fds[0], False)
+            self.guardian.prctl(self.guardian.PR_SET_PDEATHSIG, signal.SIGKILL)
+            if os.getppid() == self._agent_pid:
+                self._tell({"event": "born", "pid": os.getpid()})
+                if self.prepare():
+                    return
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+
+    def _fall_to_agent(self) -> None:
+        """Leaves a child of the agent's, in a session of its own, that is taken for a guardian until the agent knows its number."""
         between = os.getpid()
         self.guardian.prctl(self.guardian.PR_SET_NAME, self.guardian.PROCESS_NAME)
         if os.fork():
             os._exit(0)
-        while os.getppid() == between:  # until we have fallen to the agent
+        while os.getppid() == between:
             time.sleep(0.0002)
         os.setsid()
+
+    def _be_guardian(self, fds: list[int]) -> None:
+        self._fall_to_agent()
         for fd in self.guardian.open_fds():
             if fd > 2 and fd not in fds:
                 os.close(fd)
@@ -341,7 +379,6 @@ def _main() -> tuple[dict[str, Any], types.ModuleType] | None:
         del sys.path[0]  # this directory, in which a program must find nothing
     server = Server(socket.socket(fileno=control_fd), agent_pid)
     server.guardian.prctl(server.guardian.PR_SET_PDEATHSIG, signal.SIGKILL)
-    server.guardian.prctl(server.guardian.PR_SET_NAME, b"railhead-forks")
     if os.getppid() != agent_pid:
         return None
     runner = _sibling("runner")
@@ -349,6 +386,7 @@ def _main() -> tuple[dict[str, Any], types.ModuleType] | None:
     try:
         if server.prepare():
             server.serve()
+            os._exit(0)  # what was imported has nothing to end
     except server.guardian.Become as become:
         job = become.job
     else:

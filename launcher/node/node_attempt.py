@@ -31,7 +31,8 @@ from launcher.gang.world import Member, NodeInfo
 from launcher.node import stacks, store
 from launcher.node.failure import Left, last_lines, read_exception, what_was_left
 from launcher.node.follow import LogFollower, Source
-from launcher.node.forking import ForkServer, ForkServers
+from launcher.node.forking import ForkServer
+from launcher.node.forkservers import ForkServers
 from launcher.node.guarded import Exited, Gone, GuardedProcess, NeverBorn, Report, Started, StartFailed
 from launcher.node.memory_kills import MemoryKills
 from launcher.node.nccl_logs import NcclLogs, NcclPaths
@@ -195,13 +196,30 @@ class NodeAttempt:
         chosen: Sequence[Setting],
         account: Mapping[str, object],
         bind: Mapping[str, object] | None,
+    ) -> None:
+        self._start_rank_from(self._forks.for_ranks(), member, files, chosen, account, bind)
+
+    def _start_rank_from(
+        self,
+        server: ForkServer | None,
+        member: Member,
+        files: RankFiles,
+        chosen: Sequence[Setting],
+        account: Mapping[str, object],
+        bind: Mapping[str, object] | None,
         afresh: str = "",
     ) -> None:
-        starter = RankStarter(self._spec.program, self._spec.cwd, self._forks.current, self._forks.why_not)
+        starter = RankStarter(self._spec.program, self._spec.cwd, server, self._forks.why_not)
         env = rank_env.apply(chosen, self._base_env)
         process, how = starter.start(member, env, files, bind, afresh=afresh, with_modules=self._forks.wants_modules)
         files.write_environment({"started": how, **account})
-        again = partial(self._start_rank, member, files, chosen, account, bind)
+
+        def again() -> None:
+            """The fork server has died before it was forked. If that was the better one in the making, there is another."""
+            other = self._forks.current if self._forks.current is not server else None
+            why = "" if other is not None else "the fork server died before it was forked"
+            self._start_rank_from(other, member, files, chosen, account, bind, why)
+
         self._ranks[member.rank] = process
         self._files[member.rank] = files
         self._watch(process, partial(self._rank_reports, member, files, again))
@@ -252,7 +270,7 @@ class NodeAttempt:
         """Where a rank has written down what it imported, if one has."""
         return next((files.modules_file for files in self._files.values() if os.path.exists(files.modules_file)), None)
 
-    def _rank_reports(self, member: Member, files: RankFiles, again: Callable[[str], None], report: Report) -> None:
+    def _rank_reports(self, member: Member, files: RankFiles, again: Callable[[], None], report: Report) -> None:
         match report:
             case NeverBorn() if self._is_stopping:
                 self._rank_is_gone(
@@ -260,7 +278,7 @@ class NodeAttempt:
                 )  # the word to stop has gone with it: started again, nobody would ever stop it
             case NeverBorn():
                 try:
-                    again("the fork server died before it was forked")
+                    again()
                 except OSError as error:
                     del self._ranks[member.rank]
                     self._fail(f"rank {member.rank} could not be started: {error}")

@@ -14,7 +14,8 @@ import pytest
 
 from launcher.gang.world import NodeInfo, arrange
 from launcher.node import strays
-from launcher.node.forking import ForkServer, ForkServers, installed_modules, why_fresh
+from launcher.node.forking import ForkServer
+from launcher.node.forkservers import ForkServers, installed_modules, why_fresh
 from launcher.node.rank_process import RankFiles, RankStarter
 from launcher.spec import JobSpec, Program, ProgramKind, RestartBudget, StartMethod
 from tests.launcher.forked import fork_and_wait, job_for, wait_for_end, wait_until_warm
@@ -192,6 +193,83 @@ def test_a_server_that_dies_before_it_forks_says_so(tmp_path: Path) -> None:
     server.close()
 
 
+def names_file(directory: Path, *names: str) -> str:
+    (directory / "names.json").write_text(json.dumps(names))
+    return str(directory / "names.json")
+
+
+def test_a_server_that_is_forked_from_another_has_its_modules_and_more(warm: ForkServer, tmp_path: Path) -> None:
+    """A second import of torch would be most of what a restart soon after the first step waits for."""
+    server = ForkServer(str(tmp_path), warm.env, ["torch"], names_file(tmp_path, "tomllib"), parent=warm)
+    wait_until_warm(server)
+    assert server.is_warm
+    text = "import os, sys; print('torch' in sys.modules, 'tomllib' in sys.modules, os.getsid(0) == os.getpid())"
+    assert run(server, tmp_path, text) == "True True True\n"
+    assert run(warm, tmp_path, "import sys; print('torch' in sys.modules, 'tomllib' in sys.modules)") == "True False\n"
+    pid = server.pid
+    server.close()
+    assert not Path(f"/proc/{pid}").exists()
+
+
+def test_a_forked_server_that_is_unfit_takes_nothing_from_the_one_that_it_came_from(
+    warm: ForkServer, tmp_path: Path
+) -> None:
+    server = ForkServer(str(tmp_path), warm.env, ["torch"], names_file(tmp_path, "this"), parent=warm)
+    wait_until_warm(server)
+    assert server.unfit == ("this", "it prints")
+    server.close()
+    assert run(warm, tmp_path, "import sys; print('torch' in sys.modules, 'this' in sys.modules)") == "True False\n"
+
+
+def test_a_server_that_shall_be_forked_from_a_dead_one_says_so(tmp_path: Path) -> None:
+    """And nothing of it is left to be collected."""
+    strays.adopt()
+    parent = ForkServer(str(tmp_path), os.environ, [])
+    os.kill(parent.pid, signal.SIGSTOP)
+    server = ForkServer(str(tmp_path), os.environ, [], parent=parent)
+    parent.close()
+    wait_until_warm(server)
+    assert server.is_dead
+    assert server.pid == 0
+    server.close()
+
+
+def test_a_server_that_retires_carries_out_what_it_was_asked_for(tmp_path: Path) -> None:
+    """The store's host of a restart may have been asked of the old server a moment before the better one was ready."""
+    strays.adopt()
+    server = ForkServer(str(tmp_path), os.environ, [])
+    (tmp_path / "train.py").write_text("")
+    os.kill(server.pid, signal.SIGSTOP)
+    with open(os.devnull, "w") as null:
+        fds = null.fileno(), null.fileno()
+        process = server.fork(job_for(tmp_path, "script", "train.py"), os.environ, str(tmp_path), *fds)
+    server.retire()
+    os.kill(server.pid, signal.SIGCONT)
+    assert wait_for_end(process) == 0
+    while not server.is_dead:
+        wait_until_warm(server)
+        server.is_warm = False
+    server.close()
+
+
+def test_ranks_that_waited_for_a_server_that_proves_unfit_are_forked_from_the_other(tmp_path: Path) -> None:
+    """A restart relies upon the better server before it is known to be one."""
+    script = """
+import os, sys
+if os.environ["RAILHEAD_ATTEMPT"] == "0":
+    import this
+    sys.exit(3)
+print("this" in sys.modules)
+"""
+    with launch(tmp_path, script, "--max-restarts", "1") as launched:
+        code, out, err = launched.finish()
+        assert code == 0, err
+        assert out.endswith("False\n")
+        started = json.loads((launched.run_dir / "attempt_1/rank_0/environment.json").read_text())["started"]
+        assert started.startswith("forked"), started
+        assert "this: it prints" in (launched.run_dir / "fork_server.log").read_text()
+
+
 def test_a_killed_fork_server_costs_a_job_nothing(tmp_path: Path) -> None:
     """The rank runs on, and the next attempt is forked from another."""
     script = """
@@ -286,6 +364,7 @@ def test_what_a_rank_imported_is_in_memory_at_the_next_attempt(tmp_path: Path) -
     assert first is not None
     until(lambda: first.is_warm)
     servers.learn(str(tmp_path / "modules.json"))
+    assert servers.for_ranks() not in (first, None), "a restart waits for the better one"
     until(lambda: servers.current is not first)
     assert servers.current is not None
     assert (
