@@ -19,7 +19,7 @@ from benchmarks.machine import hardware, versions
 from cache.blocks import BLOCKS_PER_FETCH, EXTENT_BYTES, ExtentId, ObjectId
 from cache.order.lookahead import Visit
 from cache.residency import messages as m
-from cache.residency.budget import INDEX_BYTES_PER_EXTENT, Budget
+from cache.residency.budget import INDEX_BYTES_PER_EXTENT, UNKNOWN_READERS, Budget
 from cache.residency.machine import Residency
 from cache.residency.state import Limits
 from cache.store.format import HEADER_BYTES
@@ -56,8 +56,9 @@ def trial(num_extents: int, full_look: int, num_files: int) -> tuple[float, floa
     while todo:
         now += 0.001
         match todo.pop(0):
-            case m.RemoveExtent():
+            case m.RemoveExtent(extent, generation):
                 num_evicted += 1
+                machine.step(m.ExtentReleased(UNKNOWN_READERS, extent, generation), now)
             case m.CreateExtent(object_id, extent_idx, generation):
                 todo += step(m.ExtentCreated(ExtentId(object_id.content_id, extent_idx), generation), now)
             case m.FetchBlocks() as fetch:

@@ -52,7 +52,12 @@ class CacheDaemon:
 
     @property
     def extent_files(self) -> list[Path]:
-        return sorted(path for path in self.dir.glob("extents/*/*") if not path.name.endswith(".tmp"))
+        return sorted(path for path in self.dir.glob("extents/*/*") if path.suffix not in (".tmp", ".held"))
+
+    @property
+    def held_files(self) -> list[Path]:
+        """Evicted, and set aside while somebody has them open."""
+        return sorted(self.dir.glob("extents/*/*.held"))
 
     def start(self) -> CacheDaemon:
         """Starts it and waits until readers can connect."""
@@ -96,10 +101,12 @@ class CacheDaemon:
         children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
         return [int(pid) for pid in children]
 
-    def disk_bytes(self) -> int:
-        """Bytes of all extent files on the disk, half-made ones included."""
+    def disk_bytes(self, *, with_held: bool = True) -> int:
+        """Bytes of all extent files on the disk, half-made ones included; and those that were evicted while somebody had them open."""
         total = 0
         for path in self.dir.glob("extents/*/*"):
+            if path.suffix == ".held" and not with_held:
+                continue
             try:
                 total += path.stat().st_size
             except FileNotFoundError:

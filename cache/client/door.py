@@ -47,6 +47,8 @@ class Door:
         self.direct = DirectReader()
         self._lock = threading.RLock()
         self._link: Link | None = None
+        self._former: weakref.WeakSet[Link] = weakref.WeakSet()
+        """Links to daemons that are gone, whose files we may hold and read until there is another."""
         self._next_connect_s = 0.0
         self._reported_s = 0.0
         _close_at_exit(self)
@@ -62,7 +64,12 @@ class Door:
         with self._lock:
             if self._link is not None and self._link.is_alive:
                 return self._link
+            if self._link is not None:
+                self._former.add(self._link)
             self._link = self._connect()
+            if self._link is not None:
+                while self._former:
+                    self._former.pop().let_go()
             return self._link
 
     def _connect(self) -> Link | None:
@@ -113,9 +120,12 @@ class Door:
         link.tell({"op": "report", "stats": self.stats.flat()})
 
     def maybe_report(self) -> None:
-        """At most once a second, and only to a daemon that is there."""
+        """At most once a second. Who finds everything in files that he holds learns here that their daemon has gone, and goes to the one
+        that has taken its place: that one knows of neither his reads nor his files."""
         link = self._link
-        if link is not None and link.is_alive and time.monotonic() - self._reported_s > 1.0:
+        if link is None or not link.is_alive:
+            self.link()
+        elif time.monotonic() - self._reported_s > 1.0:
             with contextlib.suppress(DaemonUnavailable):
                 self.report(link)
 
@@ -123,6 +133,8 @@ class Door:
         """The last account to the daemon, and every connection closed. The next use connects again."""
         with self._lock:
             link, self._link = self._link, None
+            if link is not None:
+                self._former.add(link)
         if link is not None:
             with contextlib.suppress(DaemonUnavailable):
                 self.report(link)

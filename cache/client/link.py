@@ -136,6 +136,11 @@ class Link:
             mapping.drop_evicted()
         self.flush_released()
 
+    def let_go(self) -> None:
+        """The files of a daemon that is gone, for another has taken its place: it may evict what lies beside them only if they go, too."""
+        for mapping in list(self.mappings):
+            mapping.extents.clear()
+
     def flush_released(self) -> None:
         """Tells the daemon which files this process no longer holds. Best effort: a daemon that is gone needs no telling."""
         with contextlib.suppress(IndexError, CacheError):

@@ -264,7 +264,7 @@ class CachedObject:
         if existing is not None and existing.generation == generation:
             return existing, frame.header["cause"]  # another thread was given it at the same time; ours closes
         if len(mapping.extents) >= MAX_OPEN_EXTENTS:
-            mapping.extents.pop(next(iter(mapping.extents)), None)
+            mapping.extents.pop(next(iter(mapping.extents), -1), None)
         mapping.extents[extent_idx] = extent
         mapping.link.flush_released()
         return extent, frame.header["cause"]

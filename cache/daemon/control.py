@@ -74,7 +74,7 @@ class Control:
         """Of this process: a reader must not mix two daemons' words and generations."""
         self.on_held_evicted: Callable[[Iterable[str]], None] = lambda client_ids: None
         """Called with the readers that hold a file which was evicted."""
-        self.restoring = Restoring(self.hands.with_index, self._step, self.catalogue.remember)
+        self.restoring = Restoring(self.hands.with_index, self._step, self.catalogue.remember, self.hands.holds.found)
         self.catalogue.all_known = self.restoring.finished
         self.started_s = time.monotonic()
         self.resident_bytes_at_start = 0
@@ -135,6 +135,7 @@ class Control:
             await self.peers.round()
             self._spawn(self.peers.run())
         self._spawn(self.hands.watch_disk(self.residency.budget))
+        self._spawn(self.hands.holds.watch())
         if self.config.scrub_bytes_per_s:
             self._spawn(self._scrub())
 
@@ -327,6 +328,8 @@ class Control:
                 if ghost is not None:
                     self.on_held_evicted(list(ghost.holders))
                 self._spawn(self.hands.remove(action))
+            case m.RemoveHeld():
+                self._spawn(self.hands.remove_held(action))
             case m.ProbeDisk():
                 self._spawn(self.hands.probe(action))
             case m.ReadTable():

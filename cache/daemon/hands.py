@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from cache.blocks import BLOCKS_PER_EXTENT, ExtentId, ObjectId, run_span
 from cache.daemon import wire
 from cache.daemon.fetcher import Fetcher, FetchResult
+from cache.daemon.holds import Holds
 from cache.daemon.peers import Peers
 from cache.daemon.pool import WorkerPool
 from cache.errors import CacheError, CorruptBlock, DiskError, ObjectChanged, OriginUnavailable, PeerError
@@ -25,8 +26,9 @@ from cache.residency.origins import Origins, OriginState
 from cache.residency.peerhealth import OUT_OF_USE
 from cache.residency.retry import RetryPolicy
 from cache.store.directory import CacheDirectory
-from cache.store.files import DiskSpace, create_extent, disk_space, probe_disk, remove_extent, slow_disk_error
+from cache.store.files import DiskSpace, create_extent, disk_space, probe_disk, slow_disk_error
 from cache.store.format import ExtentHeader
+from cache.store.holding import held_bytes, remove_if_let_go, retire_extent
 from cache.store.index import Index, IndexRow, index_errors
 
 log = logging.getLogger("railhead.cache")
@@ -62,6 +64,7 @@ class Hands:
         self.peers: Peers | None = None
         self.space: DiskSpace | None = None
         """What the file system had left when it was looked at last."""
+        self.holds = Holds(self.with_index, tell)
         self._index: Index | None = None
         self._disk = ThreadPoolExecutor(max_workers=1, thread_name_prefix="disk")
 
@@ -224,19 +227,31 @@ class Hands:
 
     def remove(self, action: m.RemoveExtent) -> Coroutine[Any, Any, None]:
         """As `create`."""
-        return self._remove(self._on_disk(self._remove_on_disk, action))
+        return self._remove(action, self._on_disk(self._remove_on_disk, action))
 
-    async def _remove(self, removed: asyncio.Future[None]) -> None:
-        try:
-            await removed
-        except (OSError, CacheError) as error:
-            log.warning("cannot remove an evicted file: %s", error)
+    async def _remove(self, action: m.RemoveExtent, removed: asyncio.Future[int]) -> None:
+        size = await _size_left(removed)
+        self.holds.was_evicted(action, size > 0, size)
 
-    def _remove_on_disk(self, action: m.RemoveExtent) -> None:
+    def _remove_on_disk(self, action: m.RemoveExtent) -> int:
+        """Bytes of a file that is held by somebody; 0 when it has gone."""
         assert self._index is not None
-        remove_extent(self.directory, action.extent, action.generation)
+        is_held = retire_extent(self.directory, action.extent, action.generation)
         with index_errors():
             self._index.remove([(action.extent, action.generation)])
+        return held_bytes(self.directory, action.extent, action.generation) if is_held else 0
+
+    def remove_held(self, action: m.RemoveHeld) -> Coroutine[Any, Any, None]:
+        """As `create`."""
+        return self._remove_held(action, self._on_disk(self._remove_held_on_disk, action))
+
+    async def _remove_held(self, action: m.RemoveHeld, removed: asyncio.Future[int]) -> None:
+        size = await _size_left(removed)
+        self.holds.was_let_go(action, size > 0, size)
+
+    def _remove_held_on_disk(self, action: m.RemoveHeld) -> int:
+        is_gone = remove_if_let_go(self.directory, action.extent, action.generation)
+        return 0 if is_gone else held_bytes(self.directory, action.extent, action.generation)
 
     async def read_table(self, action: m.ReadTable) -> None:
         path = str(self.directory.extent_path(action.extent, action.generation))
@@ -252,3 +267,11 @@ class Hands:
         first = action.extent.extent_idx * BLOCKS_PER_EXTENT
         present = frozenset(first + slot for slot in frame.header["present"])
         self._tell(m.ExtentTableRead(action.extent, action.generation, present))
+
+
+async def _size_left(removed: asyncio.Future[int]) -> int:
+    try:
+        return await removed
+    except (OSError, CacheError) as error:
+        log.warning("cannot remove an evicted file: %s", error)
+        return 0

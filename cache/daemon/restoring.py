@@ -10,15 +10,15 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from itertools import islice
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from cache.blocks import ExtentId, ObjectId
+from cache.daemon.holds import DiskWork
 from cache.residency import messages as m
 from cache.store import recovery
-from cache.store.directory import CacheDirectory
-from cache.store.index import Index, IndexRow
+from cache.store.index import IndexRow
 from cache.store.recovery import FoundFile, Stock
 
 log = logging.getLogger("railhead.cache")
@@ -32,18 +32,19 @@ ROWS_AT_ONCE = 8192
 """Written to the index in one transaction: each changes as many pages as it has rows, and is synced. A thousand small ones took 100 s."""
 
 
-class DiskWork(Protocol):
-    def __call__(self, work: Callable[[CacheDirectory, Index], T]) -> Awaitable[T]: ...
-
-
 class Restoring:
-    """`on_disk(work)`: runs it on the disk's thread. `tell`: the machine. `remember`: called with each object found. On the event loop."""
+    """`on_disk(work)`: runs it on the disk's thread. `tell`: the machine. `remember`: called with each object found; `on_held`: with each
+    file that cannot be used but is held open by a reader of the former daemon, and with its size. On the event loop."""
 
     def __init__(
-        self, on_disk: DiskWork, tell: Callable[[m.Event], None], remember: Callable[[ObjectId], None]
+        self,
+        on_disk: DiskWork,
+        tell: Callable[[m.Event], None],
+        remember: Callable[[ObjectId], None],
+        on_held: Callable[[ExtentId, int, int], None],
     ) -> None:
         self.stock = Stock()
-        self._on_disk, self._tell, self._remember = on_disk, tell, remember
+        self._on_disk, self._tell, self._remember, self._on_held = on_disk, tell, remember, on_held
         self._finished = asyncio.Event()
         self._adopted: list[IndexRow] = []
         self._bad: list[tuple[ExtentId, int, int]] = []
@@ -59,6 +60,8 @@ class Restoring:
         gc.disable()
         self.stock = await self._on_disk(recovery.take_stock)
         self._tell(m.StockTaken(self.stock.num_bytes, self.stock.num_files, self.stock.last_generation))
+        for held in self.stock.held:
+            self._on_held(*held)
 
     def learn(self, object_id: ObjectId) -> None:
         """The machine knows all that is here of this object, from now on."""
@@ -130,6 +133,7 @@ class Restoring:
         bad, self._bad = self._bad, []
         if adopted or bad:
             files = [(extent, generation) for extent, generation, _ in bad]
-            await self._on_disk(lambda folder, index: recovery.settle(folder, index, adopted, files))
+            for held in await self._on_disk(lambda folder, index: recovery.settle(folder, index, adopted, files)):
+                self._on_held(*held)
         for _, _, file_bytes in bad:
             self._tell(m.StockLost(file_bytes))

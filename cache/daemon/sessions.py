@@ -40,6 +40,7 @@ from cache.daemon.clients import Clients
 from cache.daemon.control import Control
 from cache.errors import CacheError, CapacityError
 from cache.residency import messages as m
+from cache.store.holding import mark_held
 
 log = logging.getLogger("railhead.cache")
 
@@ -163,7 +164,9 @@ class Session:
             )
         if self._client_id:
             raise CacheError("hello came twice")
-        self._client_id = str(request["client_id"])
+        if not (client_id := str(request["client_id"])):
+            raise CacheError("a reader without a client_id")
+        self._client_id = client_id
         self._clients.came(self._client_id, self, pid=int(request.get("pid", 0)))
         header = {
             "version": wire.PROTOCOL_VERSION,
@@ -201,7 +204,9 @@ class Session:
             self._control.tell(m.ExtentHeld(self._client_id, extent, answer.generation))
             try:
                 path = self._control.directory.extent_path(extent, answer.generation)
-                return header, [os.open(path, os.O_RDONLY | os.O_CLOEXEC)]
+                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                mark_held(fd)
+                return header, [fd]
             except OSError as error:
                 self._control.tell(m.ExtentReleased(self._client_id, extent, answer.generation))
                 self._control.tell(m.ExtentSuspected(extent))

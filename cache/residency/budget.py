@@ -14,6 +14,9 @@ STALE_HOLD_S = 2.0
 """A reader at work lets go of an evicted file at its next read. One that has not after this long is idle; its bytes are no longer
 expected back soon."""
 
+UNKNOWN_READERS = ""
+"""Holds a file that no connected reader was given: a reader of the daemon before this one has it open, or a child of one that has gone. No
+message will say when that is over; the kernel does (store/holding.py)."""
 
 UNBOUNDED = 1 << 62
 
@@ -114,12 +117,15 @@ class Budget:
         self.give_back(ghost.size_bytes)
         return True
 
-    def forget_client(self, client_id: str) -> None:
-        """A reader is gone, and with it every file that it held."""
+    def forget_client(self, client_id: str) -> list[tuple[ExtentId, int]]:
+        """A reader is gone, and with it every file that it held; those that nobody else holds."""
+        freed = []
         for (extent, generation), ghost in list(self.ghosts.items()):
             if client_id in ghost.holders:
                 ghost.holders[client_id] = 1
-                self.let_go(extent, generation, client_id)
+                if self.let_go(extent, generation, client_id):
+                    freed.append((extent, generation))
+        return freed
 
     def expected_back(self, now: float) -> tuple[int, int]:
         """Bytes and files that readers at work will let go of in a moment."""

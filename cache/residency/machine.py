@@ -149,6 +149,7 @@ _HANDLERS: dict[type, Callable[[State, Any], None]] = {
     m.StockTaken: on_disk.stock_taken,
     m.StockFound: on_disk.stock_found,
     m.StockLost: on_disk.stock_lost,
+    m.HeldFound: on_disk.held_found,
     m.ExtentTableRead: on_disk.extent_table_read,
     m.BlocksWanted: on_readers.blocks_wanted,
     m.WantSettled: on_readers.want_settled,

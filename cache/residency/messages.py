@@ -55,6 +55,16 @@ class StockLost:
 
 
 @dataclass(frozen=True)
+class HeldFound:
+    """An evicted file is still on the disk, held open by somebody who is no reader of this daemon. Its bytes count until an ExtentReleased
+    by UNKNOWN_READERS follows."""
+
+    extent: ExtentId
+    generation: int
+    file_bytes: int
+
+
+@dataclass(frozen=True)
 class ExtentTableRead:
     extent: ExtentId
     generation: int
@@ -290,6 +300,7 @@ Event = (
     | StockTaken
     | StockFound
     | StockLost
+    | HeldFound
     | ExtentTableRead
     | BlocksWanted
     | WantSettled
@@ -340,6 +351,21 @@ class CreateExtent:
 
 @dataclass(frozen=True)
 class RemoveExtent:
+    """Unlink the file; or, while somebody holds it open, set it aside under another name, so that a daemon that comes after this one still
+    counts it."""
+
+    extent: ExtentId
+    generation: int
+    is_held: bool = False
+    """Readers that this daemon knows hold it: RemoveHeld follows when the last has let go."""
+    is_old: bool = False
+    """From before this daemon: say (by an ExtentReleased of UNKNOWN_READERS) when no reader of the former one holds it."""
+
+
+@dataclass(frozen=True)
+class RemoveHeld:
+    """Nobody holds the evicted file any more: remove what was set aside."""
+
     extent: ExtentId
     generation: int
 
@@ -392,4 +418,6 @@ class Answer:
     error: CacheError | None = field(default=None)
 
 
-Action = PublishWord | CreateExtent | RemoveExtent | ReadTable | FetchBlocks | CheckBlocks | ProbeDisk | Answer
+Action = (
+    PublishWord | CreateExtent | RemoveExtent | RemoveHeld | ReadTable | FetchBlocks | CheckBlocks | ProbeDisk | Answer
+)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from cache.blocks import run_span
 from cache.errors import CacheError, DiskError, OriginThrottled, PeerError
 from cache.residency import messages as m
 from cache.residency.blockstate import BlockMove, BlockState
-from cache.residency.budget import INDEX_BYTES_PER_EXTENT
+from cache.residency.budget import INDEX_BYTES_PER_EXTENT, UNKNOWN_READERS
 from cache.residency.health import SLOW_S
 from cache.residency.on_readers import table_is_read
 from cache.residency.peerhealth import OUT_OF_USE
@@ -35,6 +37,13 @@ def stock_lost(s: State, event: m.StockLost) -> None:
     s.budget.give_back(event.file_bytes + INDEX_BYTES_PER_EXTENT)
 
 
+def held_found(s: State, event: m.HeldFound) -> None:
+    size = event.file_bytes + INDEX_BYTES_PER_EXTENT
+    s.budget.adopt(size)
+    s.budget.haunt(event.extent, event.generation, size, Counter({UNKNOWN_READERS: 1}), s.now)
+    s.next_generation = max(s.next_generation, event.generation + 1)
+
+
 def _found(s: State, event: m.ExtentFound) -> None:
     known = s.residents.learn(event.object_id)
     # Used before anything of this run; among themselves the younger file later.
@@ -42,6 +51,7 @@ def _found(s: State, event: m.ExtentFound) -> None:
     size = event.file_bytes + INDEX_BYTES_PER_EXTENT
     extent = s.residents.add_extent(known, event.extent_idx, event.generation, size, last_use_s)
     s.next_generation = max(s.next_generation, event.generation + 1)
+    extent.is_old = True
     if event.present is None:
         extent.needs_table = True
     else:

@@ -171,8 +171,8 @@ def extent_released(s: State, event: m.ExtentReleased) -> None:
         release(extent.holders, event.client_id)
         if event.client_id not in extent.holders:
             s.held_by.get(event.client_id, set()).discard(event.extent)
-    else:
-        s.budget.let_go(event.extent, event.generation, event.client_id)
+    elif s.budget.let_go(event.extent, event.generation, event.client_id):
+        s.actions.append(m.RemoveHeld(event.extent, event.generation))
 
 
 def client_gone(s: State, event: m.ClientGone) -> None:
@@ -180,7 +180,8 @@ def client_gone(s: State, event: m.ClientGone) -> None:
     for key in s.held_by.pop(event.client_id, ()):
         if (extent := s.residents.extents.get(key)) is not None:
             del extent.holders[event.client_id]
-    s.budget.forget_client(event.client_id)
+    for extent_id, generation in s.budget.forget_client(event.client_id):
+        s.actions.append(m.RemoveHeld(extent_id, generation))
     for request_id in s.waiting.of_client(event.client_id):
         s.ended(s.waiting.drop(request_id))
     for request_id in s.waiting.answered_of(event.client_id):

@@ -66,6 +66,8 @@ class Extent:
     """False while its file is being made, or while its table has not been read."""
     needs_table: bool = False
     """Found on disk, and nobody has needed to know yet which blocks it holds."""
+    is_old: bool = False
+    """Found on disk: readers of a former daemon may hold it open."""
     holders: Counter[str] = field(default_factory=Counter)
     """Per reader, how many times it was given the file and has not let go of it."""
     backlog: dict[int, None] = field(default_factory=dict)

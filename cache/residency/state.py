@@ -14,7 +14,7 @@ from cache.blocks import ExtentId, extent_of, extent_span
 from cache.errors import CacheError, CapacityError
 from cache.order.lookahead import Lookahead
 from cache.residency import messages as m
-from cache.residency.budget import INDEX_BYTES_PER_EXTENT, Budget
+from cache.residency.budget import INDEX_BYTES_PER_EXTENT, UNKNOWN_READERS, Budget
 from cache.residency.demand import Demand
 from cache.residency.health import DiskHealth
 from cache.residency.origins import Origins
@@ -138,7 +138,8 @@ class State:
         self.actions.append(m.PublishWord(word_idx, value))
 
     def evict(self, extent: Extent) -> None:
-        """Words to zero, then unlink; the bytes come free now, or when the last reader lets go."""
+        """Words to zero, then unlink; the bytes come free now, or when the last reader lets go. Whether readers of a former daemon hold an
+        old file only the disk can say: its bytes count until it has."""
         assert extent.num_busy == 0, extent
         for block in extent.block_indices:
             if extent.state(block).is_readable:
@@ -146,7 +147,10 @@ class State:
         self.publish(extent.owner.word_of_extent(extent.key.extent_idx), 0)
         self.num_evictions += 1
         self.publish(EVICTION_WORD, self.num_evictions)
-        self.actions.append(m.RemoveExtent(extent.key, extent.generation))
+        is_held, is_old = bool(extent.holders), extent.is_old
+        self.actions.append(m.RemoveExtent(extent.key, extent.generation, is_held, is_old))
+        if is_old:
+            extent.holders[UNKNOWN_READERS] = 1
         del self.residents.extents[extent.key]
         self.opening.discard(extent.key)
         if extent.holders:

@@ -4,6 +4,7 @@
     <dir>/lock                     held (flock) by the daemon that serves this directory; its text says which
     <dir>/index.db                 SQLite index
     <dir>/extents/<xx>/<content id>.<extent>.<generation>
+    <dir>/extents/<xx>/<…>.held    evicted while a reader had it open (holding.py)
     <dir>/indexes/<key>.idx        indices of data sets (shelf.py)
     <dir>/pins.json                what a person wants to stay (pins.py)
 
@@ -188,7 +189,7 @@ def _drop_older(path: Path, version: int) -> None:
             if not folder.is_dir(follow_symlinks=False):
                 continue
             for file in os.scandir(folder.path):
-                name = file.name.removesuffix(".tmp")
+                name = file.name.removesuffix(".tmp").removesuffix(".held")
                 if name[:2] == folder.name and split_extent_name(name) and file.is_file(follow_symlinks=False):
                     count, size = count + 1, size + file.stat(follow_symlinks=False).st_size
                     os.unlink(file.path)

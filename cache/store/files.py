@@ -265,10 +265,6 @@ def read_identity(path: Path) -> ExtentHeader:
     return decode_identity(page or b"")
 
 
-def remove_extent(directory: CacheDirectory, extent: ExtentId, generation: int) -> None:
-    directory.extent_path(extent, generation).unlink(missing_ok=True)
-
-
 def extent_files(directory: CacheDirectory) -> Iterator[str]:
     """The names of all extent files; half-made ones of a former daemon are removed on the way."""
     for folder in os.scandir(directory.extents_path):

@@ -16,9 +16,10 @@ from typing import NamedTuple
 
 from cache.blocks import ExtentId, ObjectId, num_extents
 from cache.errors import CorruptBlock
-from cache.store.directory import CacheDirectory, split_extent_name
-from cache.store.files import extent_files, read_identity, remove_extent
+from cache.store.directory import CacheDirectory, parse_extent_name, split_extent_name
+from cache.store.files import extent_files, read_identity
 from cache.store.format import ExtentHeader
+from cache.store.holding import HELD_SUFFIX, held_bytes, remove_if_let_go, retire_extent
 from cache.store.index import Index, IndexRow, index_errors
 
 
@@ -31,16 +32,26 @@ class FoundFile(NamedTuple):
     is_indexed: bool
 
 
+class HeldFile(NamedTuple):
+    """One that was evicted, or cannot be used, and that a reader of a former daemon still has open."""
+
+    extent: ExtentId
+    generation: int
+    file_bytes: int
+
+
 @dataclass
 class Stock:
     """`files`: by content id, the object whose first file is the oldest first. `lost`: rows without a file. `num_adopted`: files that the
-    index had lost; `num_discarded`: files that could not be used."""
+    index had lost; `num_discarded`: files that could not be used. `held`: files that
+    are none of these and cannot go yet."""
 
     files: dict[str, list[FoundFile]] = field(default_factory=dict)
     lost: list[tuple[ExtentId, int]] = field(default_factory=list)
     num_files: int = 0
     num_bytes: int = 0
     last_generation: int = 0
+    held: list[HeldFile] = field(default_factory=list)
     num_adopted: int = 0
     num_discarded: int = 0
 
@@ -52,6 +63,10 @@ def take_stock(directory: CacheDirectory, index: Index) -> Stock:
     """
     stock = Stock()
     names = set(extent_files(directory))
+    for name in [name for name in names if name.endswith(HELD_SUFFIX)]:
+        names.remove(name)
+        if (parsed := parse_extent_name(name.removesuffix(HELD_SUFFIX))) is not None:
+            _look_at_held(directory, *parsed, stock)
     for content_id, extent_idx, generation, file_bytes in index.files():
         name = f"{content_id}.{extent_idx}.{generation}"
         if name in names:
@@ -67,6 +82,14 @@ def take_stock(directory: CacheDirectory, index: Index) -> Stock:
             stock.num_bytes += file.file_bytes
             stock.last_generation = max(stock.last_generation, file.generation)
     return stock
+
+
+def _look_at_held(directory: CacheDirectory, extent: ExtentId, generation: int, stock: Stock) -> None:
+    """A former daemon evicted it while somebody had it open."""
+    stock.last_generation = max(stock.last_generation, generation)
+    with contextlib.suppress(OSError):
+        if not remove_if_let_go(directory, extent, generation):
+            stock.held.append(HeldFile(extent, generation, held_bytes(directory, extent, generation)))
 
 
 def _add_unindexed(directory: CacheDirectory, names: Iterable[str], stock: Stock) -> None:
@@ -88,9 +111,16 @@ def _add_unindexed(directory: CacheDirectory, names: Iterable[str], stock: Stock
 
 
 def _discard(directory: CacheDirectory, extent: ExtentId, generation: int, stock: Stock) -> None:
-    with contextlib.suppress(OSError):
-        remove_extent(directory, extent, generation)
+    stock.held += _retire(directory, extent, generation)
     stock.num_discarded += 1
+
+
+def _retire(directory: CacheDirectory, extent: ExtentId, generation: int) -> list[HeldFile]:
+    """Empty when it has gone."""
+    with contextlib.suppress(OSError):
+        if retire_extent(directory, extent, generation):
+            return [HeldFile(extent, generation, held_bytes(directory, extent, generation))]
+    return []
 
 
 def fits(object_id: ObjectId, file: FoundFile) -> bool:
@@ -122,14 +152,15 @@ def _by_header(directory: CacheDirectory, content_id: str, files: list[FoundFile
     return None
 
 
-def settle(directory: CacheDirectory, index: Index, adopted: list[IndexRow], bad: list[tuple[ExtentId, int]]) -> None:
-    """Rows for files that the index did not know; files that cannot be used are removed."""
-    for extent, generation in bad:
-        with contextlib.suppress(OSError):
-            remove_extent(directory, extent, generation)
+def settle(
+    directory: CacheDirectory, index: Index, adopted: list[IndexRow], bad: list[tuple[ExtentId, int]]
+) -> list[HeldFile]:
+    """Rows for files that the index did not know; files that cannot be used are removed, but for those that are returned."""
+    held = [file for extent, generation in bad for file in _retire(directory, extent, generation)]
     with index_errors():
         index.adopt(adopted)
         index.remove(bad)
+    return held
 
 
 def forget(index: Index, lost: list[tuple[ExtentId, int]]) -> None:

@@ -28,9 +28,9 @@ def test_a_dead_reader_holds_nothing_however_often_it_was_given_the_file() -> No
     for extent, holders in ((X, Counter({"dead": 3})), (Y, Counter({"dead": 1, "alive": 1}))):
         budget.take(30)
         budget.haunt(extent, 1, 30, holders, now=0.0)
-    budget.forget_client("dead")
+    assert budget.forget_client("dead") == [(X, 1)]
     assert budget.held_bytes == 30 and list(budget.ghosts) == [(Y, 1)]
-    budget.forget_client("alive")
+    assert budget.forget_client("alive") == [(Y, 1)]
     assert budget.used_bytes == budget.num_files == 0
 
 

@@ -6,6 +6,7 @@ Each promise of cache/residency/machine.py is an assertion in the model, made af
 from __future__ import annotations
 
 from collections import OrderedDict, deque
+from collections.abc import Sequence
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -92,6 +93,7 @@ class Histories(RuleBasedStateMachine):
         found=st.lists(
             st.tuples(st.sampled_from(FILLED), st.integers(0, 2**16 - 1)), unique_by=lambda f: f[0], max_size=4
         ),
+        held=st.lists(st.sampled_from(FILLED), max_size=2),
     )
     def start(
         self,
@@ -100,6 +102,7 @@ class Histories(RuleBasedStateMachine):
         limits: tuple[int, int],
         found: list[tuple[ObjectId, int]],
         full_look: int = 512,
+        held: Sequence[ObjectId] = (),
     ) -> None:
         """A daemon begins on a directory that holds files of its predecessor."""
         self.world = World(
@@ -108,7 +111,14 @@ class Histories(RuleBasedStateMachine):
         for generation, (object_id, mask) in enumerate(found, start=5):
             blocks = [b for b in range(min(BLOCKS_PER_EXTENT, num_blocks(object_id.size_bytes))) if mask >> b & 1]
             self.world.found(object_id, 0, generation, blocks)
+        for generation, object_id in enumerate(held, start=20):
+            self.world.found_held(object_id, generation, file_bytes=2**20)
         self.world.set_capacity(capacity)
+
+    @precondition(lambda self: self.world.looks)
+    @rule(pick=picks)
+    def unknown_readers_let_go(self, pick: int) -> None:
+        self.world.unknown_readers_let_go(self.world.looks[pick % len(self.world.looks)])
 
     @rule(client=clients, object_id=objects)
     def open(self, client: str, object_id: ObjectId) -> None:

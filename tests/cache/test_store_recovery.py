@@ -14,8 +14,9 @@ import pytest
 from cache.blocks import BLOCK_BYTES, EXTENT_BYTES, ExtentId, ObjectId, extent_span
 from cache.errors import CacheConfigError, CapacityError
 from cache.store.directory import CacheDirectory, ServingDaemon, serving_daemon
-from cache.store.files import create_extent, read_header, remove_extent, sound_blocks, write_blocks
+from cache.store.files import create_extent, read_header, sound_blocks, write_blocks
 from cache.store.format import FORMAT_VERSION, HEADER_BYTES, ExtentHeader
+from cache.store.holding import retire_extent
 from cache.store.index import Index, IndexRow
 from cache.store.recovery import fits, forget, identify, settle, take_stock
 
@@ -75,8 +76,8 @@ def test_a_new_file_is_whole_reserved_and_empty(directory: CacheDirectory) -> No
     start, end = extent_span(LONG.size_bytes, 1)
     assert path.stat().st_size == HEADER_BYTES + end - start and path.stat().st_blocks * 512 >= path.stat().st_size
     assert path.stat().st_mode & 0o777 == 0o600
-    remove_extent(directory, row.extent, 7)
-    remove_extent(directory, row.extent, 7)
+    assert retire_extent(directory, row.extent, 7) is False
+    assert retire_extent(directory, row.extent, 7) is False
     assert not path.exists()
 
 

@@ -384,12 +384,14 @@ class Soak:
     def _audit_books(self, baseline: int) -> None:
         wait_until(lambda: self.daemon.status()["clients"] == 0, "all readers have gone", 60)
         wait_until(lambda: self.daemon.status()["in_flight_blocks"] == 0, "nothing is under way", 120)
+        wait_until(lambda: self.daemon.status()["held_bytes"] == 0, "nobody holds what was evicted", 60)
         status = self.daemon.status()
         assert status["held_bytes"] == status["waiting_requests"] == status["streams"] == 0, status
         num_indexes = len(list(self.daemon.dir.rglob("*.idx")))
         assert status["extents"] == len(self.daemon.extent_files) == status["files"] - num_indexes, status
         assert self.daemon.disk_bytes() <= status["used_bytes"] <= status["capacity_bytes"], status
         assert not list(self.daemon.dir.glob("extents/*/*.tmp")), "half-made files were left"
+        assert not self.daemon.held_files, "files that nobody holds were left"
         wait_until(lambda: _descriptors(self.daemon.pid) <= baseline + 2, "no descriptor was leaked", 60)
         assert "Traceback" not in self.daemon.log, self.daemon.log[-5000:]
 

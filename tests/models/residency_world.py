@@ -26,7 +26,7 @@ from cache.blocks import (
 from cache.errors import CacheError
 from cache.order.lookahead import Visit
 from cache.residency import messages as m
-from cache.residency.budget import INDEX_BYTES_PER_EXTENT, Budget, Floor
+from cache.residency.budget import INDEX_BYTES_PER_EXTENT, UNKNOWN_READERS, Budget, Floor
 from cache.residency.machine import Residency
 from cache.residency.policy import UNKNOWN_USE, Candidate, Decision, FarthestNextUse
 from cache.residency.slots import EVICTION_WORD
@@ -113,6 +113,10 @@ class World:
         self.streams: dict[str, ModelStream] = {}
         self.objects: dict[str, ObjectId] = {}
         self.used_generations: set[int] = set()
+        self.old: set[FileKey] = set()
+        """Files from before this daemon."""
+        self.looks: list[FileKey] = []
+        """Evicted files of which the disk has not said yet that nobody unknown holds them."""
         self.num_fetches: Counter[tuple[str, int]] = Counter()
         self.asked: dict[int, m.BlocksWanted] = {}
         self.unsettled: set[int] = set()
@@ -194,8 +198,23 @@ class World:
         )
         self.current[extent] = generation
         self.used_generations.add(generation)
+        self.old.add((extent, generation))
         self.step(m.StockTaken(file_bytes, 1, generation))
         self.step(m.StockFound((m.ExtentFound(object_id, extent_idx, generation, file_bytes, None),)))
+
+    def found_held(self, object_id: ObjectId, generation: int, file_bytes: int) -> None:
+        """A file that a former daemon evicted while a reader had it open; he still has."""
+        key = (ExtentId(object_id.content_id, 0), generation)
+        self.files[key] = ModelFile(object_id, file_bytes + INDEX_BYTES_PER_EXTENT, is_made=True, is_unlinked=True)
+        self.holders[key] = Counter({UNKNOWN_READERS: 1})
+        self.looks.append(key)
+        self.used_generations.add(generation)
+        self.step(m.HeldFound(*key, file_bytes))
+
+    def unknown_readers_let_go(self, key: FileKey) -> None:
+        """The disk says that nobody has it open whom this daemon does not know."""
+        self.looks.remove(key)
+        self.release(key, UNKNOWN_READERS)
 
     def create_done(self, action: m.CreateExtent, error: CacheError | None = None) -> None:
         self.creations.remove(action)
@@ -259,6 +278,8 @@ class World:
                 self.fetch_done(self.fetches[0])
             elif self.num_probes:
                 self.probe_done()
+            elif self.looks:
+                self.unknown_readers_let_go(self.looks[0])
             elif (deadline_s := self.machine.next_deadline_s()) is not None:
                 self.pass_time(max(0.0, deadline_s - self.now))
             else:
@@ -296,7 +317,10 @@ class World:
                 self.current[extent] = generation
                 self.creations.append(action)
             case m.RemoveExtent(extent, generation):
-                self._remove(extent, generation)
+                self._remove(action)
+            case m.RemoveHeld(extent, generation):
+                file = self.files.pop((extent, generation))
+                assert file.is_unlinked and not self.holders.get((extent, generation)), action
             case m.ReadTable(extent, generation):
                 assert self.current[extent] == generation
                 assert action not in self.tables, "a table is read twice at once"
@@ -338,7 +362,8 @@ class World:
                 assert block in file.good_blocks, f"block {block} of {extent} is published but is not there"
         self.words[word_idx] = value
 
-    def _remove(self, extent: ExtentId, generation: int) -> None:
+    def _remove(self, action: m.RemoveExtent) -> None:
+        extent, generation = action.extent, action.generation
         file = self.files[extent, generation]
         assert self.current.pop(extent) == generation
         assert not any(self._extent_of_want(rid) == extent for rid in self.unsettled), (
@@ -354,6 +379,11 @@ class World:
         assert self.words[base + blocks + extent.extent_idx] == 0, f"{extent} is still published"
         self.tables = [t for t in self.tables if (t.extent, t.generation) != (extent, generation)]
         file.is_unlinked = True
+        assert action.is_held == bool(self.holders.get((extent, generation)))
+        assert action.is_old == ((extent, generation) in self.old)
+        if action.is_old:
+            self.holders.setdefault((extent, generation), Counter())[UNKNOWN_READERS] = 1
+            self.looks.append((extent, generation))
         if not self.holders.get((extent, generation)):
             del self.files[extent, generation]
 
@@ -388,9 +418,6 @@ class World:
         held = self.holders.get(key, Counter())
         held[client] -= min(times, held[client])
         self.holders[key] = +held
-        file = self.files.get(key)
-        if file is not None and file.is_unlinked and not self.holders[key]:
-            del self.files[key]
 
     # -- what the world knows --
 
