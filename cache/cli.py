@@ -33,8 +33,9 @@ from cache.daemon.config import DaemonConfig, Share, parse_address, parse_share
 from cache.daemon.peerconfig import peer_config
 from cache.data_commands import audit, index
 from cache.errors import CacheConfigError, CacheError, DaemonUnavailable
-from cache.people_commands import evict, ls, pin, resize, unpin, verify
+from cache.people_commands import evict, ls, pin, resize, unpin
 from cache.status_command import status
+from cache.verify_command import verify
 
 DEFAULT_SOCKET_NAME = "cache.sock"
 

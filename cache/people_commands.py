@@ -1,4 +1,4 @@
-"""`python -m cache ls | verify | evict | pin | unpin | resize`: a person asks a daemon. Translates; holds no judgement."""
+"""`python -m cache ls | evict | pin | unpin | resize`: a person asks a daemon. Translates; holds no judgement."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from cache.daemon.config import format_bytes
 from cache.origin.urls import canonical_url
 
 SHRINK_TIMEOUT_S = 30.0
-PROGRESS_S = 1.0
 
 _urls = click.argument("urls", nargs=-1, metavar="[URL]...")
 _some_urls = click.argument("urls", nargs=-1, required=True, metavar="URL...")
@@ -33,7 +32,7 @@ def objects_here(cache: Cache, urls: tuple[str, ...]) -> Iterator[dict[str, Any]
             after = answer["after"]
 
 
-def _plural(count: int, noun: str) -> str:
+def plural(count: int, noun: str) -> str:
     return f"1 {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
@@ -50,7 +49,7 @@ def ls(urls: tuple[str, ...], socket: Path | None, directory: Path | None, as_js
             count, size, on_disk = count + 1, size + here["size_bytes"], on_disk + here["on_disk_bytes"]
             click.echo(json.dumps(here) if as_json else _line(here))
     if not as_json:
-        click.echo(f"{_plural(count, 'object')}, {format_bytes(on_disk)} of their {format_bytes(size)} here", err=True)
+        click.echo(f"{plural(count, 'object')}, {format_bytes(on_disk)} of their {format_bytes(size)} here", err=True)
 
 
 def _line(here: dict[str, Any]) -> str:
@@ -58,7 +57,7 @@ def _line(here: dict[str, Any]) -> str:
     used = "not since the start" if here["used_ago_s"] is None else f"used {_ago(here['used_ago_s'])} ago"
     marks = [used]
     if here["num_readers"]:
-        marks.append(f"open in {_plural(here['num_readers'], 'reader')}")
+        marks.append(f"open in {plural(here['num_readers'], 'reader')}")
     if here["is_pinned"]:
         marks.append("pinned")
     return f"{share:5.0%} of {format_bytes(here['size_bytes']):>9}  {here['url']}  ({', '.join(marks)})"
@@ -69,47 +68,6 @@ def _ago(seconds: float) -> str:
         if seconds >= length:
             return f"{seconds / length:.0f} {unit}"
     return f"{seconds:.0f} s"
-
-
-@click.command()
-@_urls
-@socket_option
-@dir_option
-@click.option("--json", "as_json", is_flag=True, help="The result as JSON.")
-def verify(urls: tuple[str, ...], socket: Path | None, directory: Path | None, as_json: bool) -> None:
-    """Read what is on this node's disk back from the device, and compare it with its checksums: everything, or what is below the URLs.
-
-    Exit code 0 if and only if all of it was what had been written. What was not is discarded, and fetched again when it is wanted.
-    """
-    result: dict[str, Any] = {"num_objects": 0, "verified_bytes": 0, "rotten": {}}
-    started = said = time.monotonic()
-    with Cache(find_socket(socket, directory)) as cache:
-        for here in objects_here(cache, urls):
-            result["num_objects"] += 1
-            for extent_idx in here["extents"]:
-                cause = cache.ask_daemon({"op": "check", "content_id": here["content_id"], "extent_idx": extent_idx})[
-                    "cause"
-                ]
-                if cause not in ("hit", "sound"):
-                    result["rotten"].setdefault(here["url"], []).append(f"extent {extent_idx}: {cause}")
-            result["verified_bytes"] += here["on_disk_bytes"] * (here["url"] not in result["rotten"])
-            if sys.stderr.isatty() and time.monotonic() - said > PROGRESS_S:
-                said = time.monotonic()
-                rate = format_bytes(result["verified_bytes"] / (said - started))
-                click.echo(f"\r{format_bytes(result['verified_bytes'])} are sound, {rate}/s \033[K", nl=False, err=True)
-    result["is_sound"] = not result["rotten"]
-    if as_json:
-        click.echo(json.dumps(result))
-    else:
-        for url, found in result["rotten"].items():
-            click.echo(f"ROTTEN: {url}: {'; '.join(found)}: discarded")
-        sound = f"{format_bytes(result['verified_bytes'])} in {_plural(result['num_objects'], 'object')}"
-        click.echo(
-            f"sound: {sound}"
-            if result["is_sound"]
-            else f"{_plural(len(result['rotten']), 'object')} had rotted; sound: {sound}"
-        )
-    sys.exit(0 if result["is_sound"] else EXIT_INCOMPLETE)
 
 
 @click.command()
@@ -128,8 +86,8 @@ def evict(urls: tuple[str, ...], socket: Path | None, directory: Path | None) ->
             count, pinned = answer["num_objects"], answer["num_pinned"]
             num_pinned += pinned
             freed = format_bytes(answer["evicted_bytes"])
-            stays = f"; {_plural(pinned, 'object')} pinned: unpin first" if pinned else ""
-            click.echo(f"{url}: {freed} of {_plural(count, 'object')} evicted{stays}" if count else f"{url}: not here")
+            stays = f"; {plural(pinned, 'object')} pinned: unpin first" if pinned else ""
+            click.echo(f"{url}: {freed} of {plural(count, 'object')} evicted{stays}" if count else f"{url}: not here")
     sys.exit(EXIT_INCOMPLETE if num_pinned else 0)
 
 
@@ -145,7 +103,7 @@ def pin(urls: tuple[str, ...], socket: Path | None, directory: Path | None) -> N
     with Cache(find_socket(socket, directory)) as cache:
         for url in map(canonical_url, urls):
             answer = cache.ask_daemon({"op": "pin", "url": url, "is_pinned": True})
-            here = f"{format_bytes(answer['on_disk_bytes'])} of {_plural(answer['num_objects'], 'object')} here now"
+            here = f"{format_bytes(answer['on_disk_bytes'])} of {plural(answer['num_objects'], 'object')} here now"
             click.echo(f"{url}: pinned{' already' if answer['was_pinned'] else ''}; {here}")
 
 

@@ -20,6 +20,7 @@ import json
 import logging
 import os
 import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from cache.store.format import FORMAT_VERSION
 
 log = logging.getLogger("railhead.cache")
 
+MARKER_NAME = "railhead-cache.json"
 _EXTENT_NAME = re.compile(r"([0-9a-f]{32})\.(0|[1-9]\d{0,8})\.([1-9]\d{0,17})")
 
 
@@ -61,6 +63,30 @@ class CacheDirectory:
                 f"cannot use {path} as cache directory: {error.strerror}",
                 advice="--dir must name a directory that this user can write to",
             ) from error
+        return cls._locked(path, lock_fd, _check_format)
+
+    @classmethod
+    def open_existing(cls, path: Path) -> CacheDirectory | ServingDaemon:
+        """As `open`, of a directory that holds a cache already; creates and removes nothing.
+
+        Raises CacheConfigError: there is none, it cannot be read, or it is of another format.
+        """
+        try:
+            _read_format(path / MARKER_NAME)
+            lock_fd = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except FileNotFoundError as error:
+            raise CacheConfigError(
+                f"{path} holds no cache", advice="--dir must name what `serve --dir` was given"
+            ) from error
+        except OSError as error:
+            raise CacheConfigError(
+                f"cannot use {path} as cache directory: {error.strerror}",
+                advice="run this as the user whose daemon it is",
+            ) from error
+        return cls._locked(path, lock_fd, _require_format)
+
+    @classmethod
+    def _locked(cls, path: Path, lock_fd: int, check: Callable[[Path], None]) -> CacheDirectory | ServingDaemon:
         try:
             fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -73,7 +99,7 @@ class CacheDirectory:
                 advice="choose a local disk; some network file systems have no locks",
             ) from error
         try:
-            _check_format(path)
+            check(path)
         except BaseException:
             os.close(lock_fd)
             raise
@@ -159,17 +185,34 @@ def _write_marker(marker: Path) -> None:
         ) from error
 
 
-def _check_format(path: Path) -> None:
-    marker = path / "railhead-cache.json"
+def _read_format(marker: Path) -> object:
+    """Raises FileNotFoundError when there is none, CacheConfigError when it cannot be read."""
     try:
-        version = json.loads(marker.read_text())["format"]
+        return json.loads(marker.read_text())["format"]
     except FileNotFoundError:
-        _write_marker(marker)
-        return
+        raise
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise CacheConfigError(
             f"{marker} cannot be read: {error}", advice="remove the cache directory; what it held is fetched again"
         ) from error
+
+
+def _require_format(path: Path) -> None:
+    version = _read_format(path / MARKER_NAME)
+    if version != FORMAT_VERSION:
+        raise CacheConfigError(
+            f"{path} holds a cache of format {version}; this version reads format {FORMAT_VERSION}",
+            advice="run the version that made it",
+        )
+
+
+def _check_format(path: Path) -> None:
+    marker = path / MARKER_NAME
+    try:
+        version = _read_format(marker)
+    except FileNotFoundError:
+        _write_marker(marker)
+        return
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise CacheConfigError(
             f"{path} holds a cache of format {version}; this daemon writes format {FORMAT_VERSION}",

@@ -64,12 +64,7 @@ def _verify_finds(cache_daemon: CacheDaemon, counting_origin: CountingOrigin, op
     sound = ask(cache_daemon, "verify", "--json")
     assert sound.returncode == 0 and json.loads(sound.stdout)["verified_bytes"] == 6 * FETCH_BYTES
     cache_daemon.kill()
-    path = cache_daemon.extent_files[0]
-    with path.open("r+b") as file:
-        file.seek(HEADER_BYTES + FETCH_BYTES + 5)
-        byte = file.read(1)
-        file.seek(-1, os.SEEK_CUR)
-        file.write(bytes([byte[0] ^ 1]))
+    _flip(cache_daemon.extent_files[0])
     cache_daemon.start()
     rotten = ask(cache_daemon, "verify")
     assert rotten.returncode == 1 and rotten.stdout.count("ROTTEN") == 1 and "1 rotten: discarded" in rotten.stdout
@@ -78,6 +73,48 @@ def _verify_finds(cache_daemon: CacheDaemon, counting_origin: CountingOrigin, op
     for name, content in data.items():
         with open_cache(cache_daemon.socket).open(counting_origin.url(name)) as obj:
             assert obj.read(0, len(content)) == content
+
+
+def _flip(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.seek(HEADER_BYTES + FETCH_BYTES + 5)
+        byte = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte[0] ^ 1]))
+
+
+def test_verify_reads_a_directory_without_a_daemon_and_changes_it_only_if_asked(
+    counting_origin: CountingOrigin, tmp_path: Path
+) -> None:
+    """A disk that is suspected is looked at before anybody is served from it; what `--repair` discards is fetched again, and no more."""
+    data = {f"o{idx}": random_bytes(2 * FETCH_BYTES, idx) for idx in range(3)}
+    with CacheDaemon() as daemon:
+        with Cache(daemon.socket) as cache:
+            for name, content in data.items():
+                assert cache.open(counting_origin.put(name, content)).fetch()
+        where = ("--dir", str(daemon.dir))
+        assert json.loads(run_cache("verify", "--json", *where).stdout)["is_sound"], "by the daemon, which serves it"
+        daemon.stop()
+        assert run_cache("verify", *where).stdout == "sound: 24 MiB in 3 objects\n"
+        flipped, cut, _ = daemon.extent_files
+        _flip(flipped)
+        os.truncate(cut, HEADER_BYTES + 5)
+        before = {path: path.read_bytes() for path in daemon.extent_files}
+        for _ in range(2):
+            found = run_cache("verify", *where)
+            assert found.returncode == 1 and found.stdout.count("left as it is") == 2 and "--repair" in found.stdout
+        assert {path: path.read_bytes() for path in daemon.extent_files} == before
+        repaired = run_cache("verify", "--repair", "--json", *where)
+        assert repaired.returncode == 1 and len(json.loads(repaired.stdout)["rotten"]) == 2
+        assert run_cache("verify", *where).returncode == 0
+        gets = counting_origin.num_gets
+        daemon.start()
+        with Cache(daemon.socket) as cache:
+            for name, content in data.items():
+                with cache.open(counting_origin.url(name)) as obj:
+                    assert obj.read(0, len(content)) == content
+        assert counting_origin.num_gets - gets == 3, "one block, and one file of two runs"
+    assert "holds no cache" in run_cache("verify", "--dir", str(tmp_path)).stderr
 
 
 def test_pins_hold_against_others_and_over_a_restart(tmp_path: Path) -> None:
