@@ -30,13 +30,20 @@ class CacheDaemon:
     """
 
     def __init__(
-        self, *, capacity: str | int = "256MiB", options: tuple[str, ...] = (), dir: Path | None = None
+        self,
+        *,
+        capacity: str | int = "256MiB",
+        options: tuple[str, ...] = (),
+        dir: Path | None = None,
+        environment: dict[str, str] | None = None,
     ) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="rh-")
         self.root = Path(self._folder.name)
         self.dir = dir or self.root / "cache"
         self.socket = str(self.root / "s")
         self.capacity, self.options = capacity, options
+        self.environment = environment
+        """Of the daemon; None: that of the tests."""
         self.process: subprocess.Popen[bytes] | None = None
         self.announced: dict[str, Any] = {}
 
@@ -64,7 +71,7 @@ class CacheDaemon:
         command = [sys.executable, "-m", "cache", "serve", "--dir", str(self.dir), "--capacity", str(self.capacity)]
         command += ["--socket", self.socket, "--announce", "--metadata-ttl", "0.2", *self.options]
         with (self.root / "log").open("ab") as log:
-            self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log)
+            self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, env=self.environment)
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         self.process.stdout.close()

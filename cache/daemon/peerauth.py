@@ -84,7 +84,7 @@ class Nonces:
 
     def is_new(self, nonce: str, expires_s: float, now_s: float) -> bool:
         """True once for each nonce. When too many are remembered, nothing is new until some are over."""
-        if now_s - self._swept_s > LIFETIME_S or len(self._seen) >= self._limit:
+        if abs(now_s - self._swept_s) > LIFETIME_S or len(self._seen) >= self._limit:
             self._seen = {n: over_s for n, over_s in self._seen.items() if over_s > now_s - MAX_SKEW_S}
             self._swept_s = now_s
         if nonce in self._seen or len(self._seen) >= self._limit:

@@ -145,7 +145,8 @@ def refusal(url: str, head: Head, body: bytes, now_s: float) -> OriginError | No
     code = text.partition("<Code>")[2].partition("</Code>")[0][:64]
     said = text.partition("<Message>")[2].partition("</Message>")[0][:200]
     detail = " ".join(filter(None, [str(head.status), code, said]))
-    after_s = retry_after_s(head.headers.get("retry-after", ""), now_s)
+    sent_s = retry_after_s(head.headers.get("date", ""), 0.0)  # By its clock and not ours, which may have been stepped.
+    after_s = retry_after_s(head.headers.get("retry-after", ""), sent_s if sent_s else now_s)
     return failures.error_of(Failure("GET", url, detail, head.status, code, after_s))
 
 

@@ -68,6 +68,9 @@ def test_refusals_are_the_errors_that_they_mean() -> None:
     busy = refusal(URL, Head(503, {"retry-after": "7"}), b"<Error><Code>SlowDown</Code></Error>", 0.0)
     assert isinstance(busy, OriginThrottled)
     assert busy.retry_after_s == 7.0
+    dates = {"retry-after": "Thu, 01 Jan 1970 00:00:10 GMT", "date": "Thu, 01 Jan 1970 00:00:08 GMT"}
+    stepped = refusal(URL, Head(503, dates), b"<Error><Code>SlowDown</Code></Error>", -5 * 3600.0)
+    assert isinstance(stepped, OriginThrottled) and stepped.retry_after_s == 2.0, "by the store's clock, not by ours"
     assert isinstance(refusal(URL, Head(404, {}), b"", 0.0), ObjectNotFound)
     assert isinstance(refusal(URL, Head(412, {}), b"", 0.0), ObjectChanged)
     assert isinstance(refusal(URL, Head(500, {}), b"", 0.0), OriginUnavailable)
