@@ -503,7 +503,8 @@ def page(soak: Soak, options: Any, seconds: float) -> str:
 
 Question: does any reader ever see a wrong byte, lose or repeat a sample, or hang, whatever is killed, broken or overwritten?
 
-- Command: `python -m tests.e2e.cache_soak --kills {options.kills} --seed {options.seed} --hang-s {options.hang_s:g}`, one run of {seconds / 60:.0f} minutes
+- Command: `python -m tests.e2e.cache_soak --kills {options.kills} --seed {options.seed} --hang-s {options.hang_s:g}`,
+  one run of {seconds / 60:.0f} minutes
 - {hardware()}
 - {versions(["railhead", "torch", "obstore"])}
 - Load average over the last quarter of an hour: {os.getloadavg()[2]:.1f}
