@@ -4,10 +4,8 @@
     python -m benchmarks.overhead --quick       # prints only
 
 **Step.** One process trains on one thread, with the rank's own observer in it (`launcher/node/instrument.py`) and an agent's reader that
-looks at its page. Steps with the hooks in and with the hooks out (torch's own functions, no hook registered: the bare script) come in
-pairs, in an order drawn for each pair; wall and CPU time of each step are taken. The cost is the median over the pairs of (with) -
-(without); its interval comes from resampling pairs, in runs of a hundred because neighbours resemble each other. A second column takes the
-same pairs with the hooks out in both: what the method itself makes of nothing.
+looks at its page. How much of a step is the observer's is measured in two ways (`benchmarks/step_cost.py`): by clocks around what is ours,
+within real steps, and by pairs of whole steps with the hooks in and out, which see everything and the noise.
 
 **Idle.** The same script, two ranks that train slowly, under `python -m launcher` and under torchrun, in turns. CPU time and memory of
 everything that is not a rank or a descendant of one are read from /proc.
@@ -24,26 +22,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from benchmarks.machine import hardware, versions
-from launcher.node import progress
+from benchmarks.step_cost import MODELS, Estimate, StepCost, measure
 from launcher.node.guardian import descendants_of
-from launcher.node.pages import RankPage
 
 RESULT = Path(__file__).parent / "results" / "overhead_2cores_202611.md"
-INSTRUMENT = Path(progress.__file__).with_name("instrument.py")
-MODELS = (
-    ("256 → 256 → 256, batch 64", 256, 64),
-    ("768 → 768 → 768, batch 64", 768, 64),
-    ("2048 → 2048 → 2048, batch 64", 2048, 64),
-)
-RUN = 100
-"""Pairs that are resampled together."""
-
 IDLE_SCRIPT = """
 import os, time, torch
 model = torch.nn.Linear(8, 8)
@@ -58,122 +45,6 @@ while True:
     train()
     time.sleep(0.05)
 """
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """Nanoseconds."""
-
-    middle: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
-class StepCost:
-    name: str
-    num_pairs: int
-    step_ns: float
-    wall: Estimate
-    cpu: Estimate
-    nothing: Estimate
-    """Wall time of pairs in which the hooks were out both times."""
-
-
-class Hooks:
-    """The rank's observer, whose hooks can be taken out and put in again."""
-
-    def __init__(self, directory: str) -> None:
-        import torch
-        import torch.optim.optimizer as optimizer
-        import torch.utils.data.dataloader as dataloader
-
-        self._torch, self._iterator = torch, dataloader._BaseDataLoaderIter
-        self._post_hooks = optimizer._global_optimizer_post_hooks
-        bare = (torch.autograd.backward, self._iterator.__next__)
-        self._page = RankPage(0, directory)
-        namespace: dict[str, Any] = {"__name__": "_observer", "__file__": str(INSTRUMENT)}
-        exec(compile(INSTRUMENT.read_text(), str(INSTRUMENT), "exec", dont_inherit=True), namespace)
-        namespace["begin"](directory)
-        self._ways = {
-            False: ({}, *bare),
-            True: (dict(self._post_hooks), torch.autograd.backward, self._iterator.__next__),
-        }
-
-    def put(self, is_in: bool) -> None:
-        hooks, backward, fetch = self._ways[is_in]
-        self._post_hooks.clear()
-        self._post_hooks.update(hooks)
-        self._torch.autograd.backward = backward
-        self._iterator.__next__ = fetch
-
-    def look(self) -> int | None:
-        """What the agent does once a second."""
-        return self._page.sample(os.getpid()).steps
-
-
-def training(width: int, batch: int) -> Callable[[], tuple[int, int]]:
-    """One step; wall and CPU nanoseconds that it took."""
-    import torch
-    from torch.utils.data import DataLoader, TensorDataset
-
-    torch.set_num_threads(1)
-    model = torch.nn.Sequential(torch.nn.Linear(width, width), torch.nn.ReLU(), torch.nn.Linear(width, width))
-    optimizer = torch.optim.SGD(model.parameters(), 0.001)
-    loader = DataLoader(TensorDataset(torch.randn(batch * 100, width)), batch_size=batch)
-    batches = iter(loader)
-    left = len(loader)
-
-    def step() -> tuple[int, int]:
-        nonlocal batches, left
-        if not left:
-            batches, left = iter(loader), len(loader)
-        left -= 1
-        cpu_ns, wall_ns = time.process_time_ns(), time.perf_counter_ns()
-        (x,) = next(batches)
-        model(x).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return time.perf_counter_ns() - wall_ns, time.process_time_ns() - cpu_ns
-
-    return step
-
-
-def measure(name: str, width: int, batch: int, seconds: float, hooks: Hooks, dice: random.Random) -> StepCost:
-    step = training(width, batch)
-    hooks.put(False)
-    step_s = statistics.median(step()[0] for _ in range(50)) / 1e9
-    num_pairs = max(2 * RUN, round(seconds / step_s / 4))
-    walls, cpus, nothings, without = [], [], [], []
-    for idx in range(num_pairs):
-        for second in (True, False):
-            took: dict[bool, tuple[int, int]] = {}
-            for is_second in dice.sample([False, True], 2):
-                hooks.put(is_second and second)
-                took[is_second] = step()
-            if second:
-                walls.append(took[True][0] - took[False][0])
-                cpus.append(took[True][1] - took[False][1])
-                without.append(took[False][0])
-            else:
-                nothings.append(took[True][0] - took[False][0])
-        if idx % 500 == 0:
-            hooks.look()
-    return StepCost(
-        name,
-        num_pairs,
-        statistics.median(without),
-        estimate(walls, dice),
-        estimate(cpus, dice),
-        estimate(nothings, dice),
-    )
-
-
-def estimate(differences: Sequence[int], dice: random.Random) -> Estimate:
-    """Median, and what 95 of 100 medians of resampled runs lie between."""
-    runs = [statistics.median(differences[at : at + RUN]) for at in range(0, len(differences) - RUN + 1, RUN)]
-    resampled = sorted(statistics.median(dice.choices(runs, k=len(runs))) for _ in range(2000))
-    return Estimate(statistics.median(differences), resampled[50], resampled[-51])
 
 
 @dataclass(frozen=True)
@@ -243,12 +114,15 @@ def page(
             "",
             f"- Hardware: {hardware()}; load average before and after: {load[0]:.1f}, {load[1]:.1f}",
             f"- Versions: {versions(('torch', 'railhead'))}",
-            "- Command: `python -m benchmarks.overhead`; one thread, SGD, a data loader without workers. Pairs of steps with and "
-            "without the hooks, the order drawn for each pair. Medians, and 95 % intervals from resampled runs of pairs.",
+            "- Command: `python -m benchmarks.overhead`; one thread, SGD, a data loader without workers. Medians, and 95 % intervals from "
+            "resampled runs of a hundred.",
             "",
-            "| model (linear, ReLU, linear) | pairs | step without (µs) | cost, wall (µs) | cost, CPU (µs) | wall, of the step "
-            "| the method on nothing (µs) |",
-            "|---|---|---|---|---|---|---|",
+            "*Within*: clocks around what is ours, in steps that have it and, drawn for each step, in steps that do not. *Pairs*: "
+            "whole steps with less without. *Nothing*: pairs with the hooks out in both, which is what that method makes of nothing.",
+            "",
+            "| model (linear, ReLU, linear) | step without (µs) | steps; pairs | within (µs) | of the step | pairs, wall (µs) "
+            "| pairs, CPU (µs) | nothing (µs) |",
+            "|---|---|---|---|---|---|---|---|",
             *(_cost_row(cost) for cost in costs),
             "",
             *_verdict(costs),
@@ -272,25 +146,26 @@ def page(
 
 
 def _verdict(costs: list[StepCost]) -> list[str]:
-    """What can be said of it: the smallest step shows it most exactly, larger ones drown it in their noise."""
-    exact = costs[0].wall.middle / 1000
-    kept = [cost.name for cost in costs if cost.wall.high <= 0.005 * cost.step_ns]
-    lost = [cost.name for cost in costs if cost.wall.high > 0.005 * cost.step_ns]
+    """What can be said of it."""
+    highest = max(cost.within.high for cost in costs)
+    kept = [cost.name for cost in costs if cost.within.high <= 0.005 * cost.step_ns]
+    lost = [cost.name for cost in costs if cost.within.high > 0.005 * cost.step_ns]
+    seen = [cost.name for cost in costs if cost.wall.low > cost.nothing.high]
     return [
         "A step has one hook after the optimizer, one wrapped `__next__`, one wrapped `backward`: some lines of Python, found in a cold "
-        f"cache after the products of the step. The smallest step shows their cost most exactly: {exact:.1f} µs, which would be 0.5 % of "
-        f"a step of {exact / 5:.1f} ms. In larger steps it drowns in the noise (the last column), and it may be more there, for they leave "
-        "less in the cache (the CPU column).",
+        f"cache after the products of the step. The most that they took within any model is {highest / 1000:.1f} µs (upper "
+        f"end), which is 0.5 % of a step of {highest / 5000:.2f} ms.",
         "",
-        f"Held against 0.5 % of a step, with the upper end of the interval: kept by {' and '.join(kept) or 'none'}; not shown for, or "
-        f"missed by, {' and '.join(lost) or 'none'}.",
+        f"Held against 0.5 % of a step, with the upper end of the interval: kept by {'; '.join(kept) or 'none'}; missed by "
+        f"{'; '.join(lost) or 'none'}. Pairs of whole steps tell a cost from nothing for {'; '.join(seen) or 'none'}.",
     ]
 
 
 def _cost_row(cost: StepCost) -> str:
+    share = f"{100 * cost.within.middle / cost.step_ns:.3f} % (to {100 * cost.within.high / cost.step_ns:.3f} %)"
     return (
-        f"| {cost.name} | {cost.num_pairs:,} | {cost.step_ns / 1000:,.0f} | {_in_us(cost.wall)} | {_in_us(cost.cpu)} "
-        f"| {100 * cost.wall.middle / cost.step_ns:+.2f} % (to {100 * cost.wall.high / cost.step_ns:+.2f} %) | {_in_us(cost.nothing)} |"
+        f"| {cost.name} | {cost.step_ns / 1000:,.0f} | {cost.num_steps:,}; {cost.num_pairs:,} | {_in_us(cost.within)} | {share} "
+        f"| {_in_us(cost.wall)} | {_in_us(cost.cpu)} | {_in_us(cost.nothing)} |"
     )
 
 
@@ -308,16 +183,20 @@ def _idle_row(name: str, which: str, runs: list[Idle]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--steps-only", action="store_true", help="prints what a step costs, and no page")
     options = parser.parse_args()
     step_s, idle_s, num_runs = (4.0, 4.0, 1) if options.quick else (30.0, 12.0, 3)
     load = os.getloadavg()[0]
+    if options.steps_only:
+        for model in MODELS:
+            print(_cost_row(measure(*model, step_s, random.Random(0))), flush=True)
+        return
     idles: dict[str, list[tuple[Idle, Idle]]] = {name: [] for name in WAYS}
     for _ in range(num_runs):
         for name, command in WAYS.items():
             idles[name].append(idle(command, idle_s))
-    with tempfile.TemporaryDirectory() as directory:
-        hooks, dice = Hooks(directory), random.Random(0)
-        costs = [measure(*model, step_s, hooks, dice) for model in MODELS]
+    dice = random.Random(0)
+    costs = [measure(*model, step_s, dice) for model in MODELS]
     text = page(costs, idles, idle_s, (load, os.getloadavg()[0]))
     print(text)
     if not options.quick:

@@ -16,7 +16,7 @@ import os
 import signal
 import sys
 from _thread import get_ident
-from time import monotonic_ns
+from time import monotonic, monotonic_ns
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -32,107 +32,189 @@ _FIRST_FD = 400
 
 _STEPS, _LOADERS, _BACKWARD = "torch.optim.optimizer", "torch.utils.data.dataloader", "torch.autograd"
 _PROCESSES = "multiprocessing.process"
-W_PID, W_BEGAN_NS, W_WAIT_SINCE_NS, W_BATCHES, W_BATCH_AT_NS = (
-    1,
-    2,
-    3,
-    5,
-    6,
-)  # as in progress.py; globals are faster than attributes
+# As in progress.py, which cannot be imported here.
+W_PID, W_BEGAN_NS = 1, 2
+H_STEPS, H_STEP_AT_S, H_STEP_S, H_SAMPLES, H_OWN_S, H_WAIT_BEGAN_S, H_WAIT_ENDED_S, H_WAITED_S = range(8)
+H_BATCHES, H_BATCH_AT_S = 8, 9
+
+
+_WITHIN = -1
+"""In place of the number of an iterator: the main thread is within one's `__next__`."""
+_NOT_COMPILED = {"_torchdynamo_disable": True, "_torchdynamo_disable_msg": None}
+"""A compiler of the program's code (torch.compile over a whole step) calls what is ours as it is, and does not look into it."""
 
 
 class Observer:
-    """What is known of this process. Its methods run inside the program: they must be quick and must not fail."""
+    """What is put into the program, and `stop`. All of it must be quick and must not fail."""
 
-    def __init__(self, page: Page) -> None:
-        self._page = page
-        self._words = page.words
-        self._is_on = True
-        self._number = 0
-        self._steps = 0
-        self._step_at_ns = 0
-        self._round: set[int] = set()
-        self._waited_ns = 0
-        self._batches = 0
-        self._source = 0
-        self._samples_ahead = 0
-        self._samples = 0
-        self._own_ns = 0
-        self._is_ahead = False
-        """Since the last step nobody has called backward: what takes time now is this rank's own."""
-        self._main_thread = get_ident()
+    __slots__ = ("on_step", "stop", "wrap_backward", "wrap_init", "wrap_next")
 
-    def stop(self) -> None:
-        """In a forked child, which is not the rank."""
-        self._is_on = False
+    on_step: Callable[[object, object, object], None]
+    """torch's global post hook."""
+    wrap_backward: Callable[[Callable[..., Any]], Any]
+    """`torch.autograd.backward`: where a rank begins to wait for the others."""
+    wrap_next: Callable[[Callable[[Any], Any]], Any]
+    """`__next__` of torch's loader iterators, timed."""
+    wrap_init: Callable[[Callable[..., None]], Any]
+    """`__init__` of torch's loader iterators."""
+    stop: Callable[[], None]
+    """In a forked child, which is not the rank."""
 
-    def on_step(self, optimizer: object, args: object, kwargs: object) -> None:
-        """torch's global post hook."""
-        key = id(optimizer)
-        if key in self._round:
-            self._round.clear()
-        elif self._round:
-            self._round.add(key)
+
+def observe(page: Page) -> Observer:
+    """The hooks of a rank that writes this page.
+
+    Closures over plain variables, and nothing but the memory's view and one clock is called: between two of our moments the products of
+    a step have swept the caches, and what costs is not the instructions but each object, function and library that must be found
+    again (a method with attributes, `struct` and a check sum took 1.3 µs warm and 10 µs there; decisions/0094). Numbers are floats,
+    which are added without a call and stored as they are.
+    """
+    now: Callable[[], float] = monotonic
+    hot, thread, main_thread = page.hot, get_ident, get_ident()
+    # Numbers of the words, as constants of this function's cells: a global is two look-ups more.
+    h_steps, h_step_at, h_took, h_samples, h_own = H_STEPS, H_STEP_AT_S, H_STEP_S, H_SAMPLES, H_OWN_S
+    h_wait_began, h_wait_ended, h_waited = H_WAIT_BEGAN_S, H_WAIT_ENDED_S, H_WAITED_S
+    h_batches, h_batch_at = H_BATCHES, H_BATCH_AT_S
+    steps = samples = own_s = waited_s = batches = step_at_s = 0.0
+    pacer = source = batch_size = samples_ahead = 0
+    """`pacer`: the optimizer that was counted last. `source`: the iterator that gave the main thread its last batch, or _WITHIN."""
+    others: set[int] = set()
+    """Optimizers that have stepped since."""
+    is_ahead = False
+    """Since the last step nobody has called backward: what takes time now is this rank's own."""
+
+    def on_step(optimizer: object, args: object, kwargs: object) -> None:
+        nonlocal steps, step_at_s, samples, samples_ahead, is_ahead
+        if id(optimizer) != pacer and not sets_the_pace(id(optimizer)):
             return
-        self._round.add(key)
-        if not self._is_on:
-            return
-        now_ns = monotonic_ns()
-        took_ns = now_ns - self._step_at_ns if self._step_at_ns else 0
-        self._step_at_ns = now_ns
-        self._number += 1
-        self._steps += 1
-        self._samples += self._samples_ahead
-        self._samples_ahead = 0
-        self._page.write_record(
-            self._number, self._steps, now_ns, took_ns, self._waited_ns, self._samples, self._own_ns
-        )
-        self._is_ahead = True
+        if others:
+            others.clear()
+        # The count comes last: whoever reads it finds the rest of this step, and a rank that is stopped halfway has not made the step.
+        at_s = now()
+        if step_at_s:
+            hot[h_took] = at_s - step_at_s
+        hot[h_step_at] = step_at_s = at_s
+        hot[h_waited] = waited_s
+        hot[h_own] = own_s
+        if samples_ahead:
+            samples += samples_ahead
+            samples_ahead = 0
+            hot[h_samples] = samples
+        steps += 1.0
+        hot[h_steps] = steps
+        is_ahead = True
 
-    def wrap_backward(self, original: Callable[..., Any]) -> Any:
-        """`torch.autograd.backward`: where a rank begins to wait for the others."""
+    def sets_the_pace(key: int) -> bool:
+        """A round ends where an optimizer steps that has stepped in it before."""
+        nonlocal pacer
+        if pacer and key not in others:
+            others.add(key)
+            return False
+        pacer = key
+        return True
 
-        def backward(*args: Any, **kwargs: Any) -> Any:
-            if self._is_ahead:
-                self._is_ahead = False
-                self._own_ns += monotonic_ns() - self._step_at_ns
+    def wrap_backward(original: Callable[..., Any]) -> Any:
+        def backward(
+            tensors: Any,
+            grad_tensors: Any = None,
+            retain_graph: Any = None,
+            create_graph: Any = False,
+            grad_variables: Any = None,
+            inputs: Any = None,
+        ) -> Any:
+            nonlocal is_ahead, own_s
+            if is_ahead:
+                is_ahead = False
+                own_s += now() - step_at_s
+            return original(tensors, grad_tensors, retain_graph, create_graph, grad_variables, inputs)
+
+        def backward_of_another_torch(*args: Any, **kwargs: Any) -> Any:
+            nonlocal is_ahead, own_s
+            if is_ahead:
+                is_ahead = False
+                own_s += now() - step_at_s
             return original(*args, **kwargs)
 
-        return _dressed(backward, original)
+        # Packing and unpacking what is handed on is most of what is done here.
+        is_known = _takes(original) == _takes(backward)
+        return _dressed(backward if is_known else backward_of_another_torch, original)
 
-    def wrap_next(self, original: Callable[[Any], Any]) -> Any:
-        """`__next__` of torch's loader iterators, timed. Waits of other threads (somebody's own prefetching) are not waits of training."""
-        words = self._words
-
-        def timed_next(self_: Any) -> Any:
-            if not self._is_on or words[W_WAIT_SINCE_NS]:  # a loader that reads from another one
-                return original(self_)
-            is_main = get_ident() == self._main_thread
-            began_ns = monotonic_ns()
-            if is_main:
-                words[W_WAIT_SINCE_NS] = began_ns
+    def wrap_next(original: Callable[[Any], Any]) -> Any:
+        def timed_next(iterator: Any) -> Any:
+            nonlocal source, waited_s, batches, samples_ahead
+            if id(iterator) != source:
+                return next_of_another(iterator)
+            source = _WITHIN
+            hot[h_wait_began] = began_s = now()
             try:
-                batch = original(self_)
-            finally:
-                ended_ns = monotonic_ns()
-                if is_main:
-                    words[W_WAIT_SINCE_NS] = 0
-                    self._waited_ns += ended_ns - began_ns
-            self._count_batch(self_, ended_ns)
+                batch = original(iterator)
+            except BaseException:  # the end of the data, as a rule: no batch came
+                waited_s += now() - began_s
+                hot[h_wait_began] = 0.0
+                source = 0
+                raise
+            hot[h_wait_ended] = ended_s = now()
+            waited_s += ended_s - began_s
+            batches += 1.0
+            hot[h_batches] = batches
+            samples_ahead += batch_size
+            source = id(iterator)
             return batch
 
+        def next_of_another(iterator: Any) -> Any:
+            """Not of the one that gave the main thread its last batch."""
+            nonlocal source, batch_size, samples_ahead, batches
+            if thread() != main_thread:  # somebody's own prefetching: its waits are not waits of training
+                batch = original(iterator)
+                batches += 1.0
+                hot[h_batches] = batches
+                hot[h_batch_at] = now()
+                samples_ahead += _batch_size(iterator)
+                return batch
+            if source == _WITHIN:  # a loader that reads from another one
+                return original(iterator)
+            source, batch_size = id(iterator), _batch_size(iterator)
+            samples_ahead = 0  # batches of an evaluation belong to no step
+            return timed_next(iterator)
+
+        vars(timed_next).update(_NOT_COMPILED)
         return _dressed(timed_next, original)
 
-    def _count_batch(self, iterator: Any, at_ns: int) -> None:
-        self._batches += 1
-        self._words[W_BATCHES] = self._batches
-        self._words[W_BATCH_AT_NS] = at_ns
-        if id(iterator) != self._source:  # batches of an evaluation belong to no step
-            self._source = id(iterator)
-            self._samples_ahead = 0
-        size = getattr(getattr(iterator, "_index_sampler", None), "batch_size", None)
-        if type(size) is int:
-            self._samples_ahead += size
+    def wrap_init(original: Callable[..., None]) -> Any:
+        def init(*args: Any, **kwargs: Any) -> None:
+            nonlocal source
+            if source != _WITHIN:
+                source = 0  # the new one may lie where the last one lay
+            original(*args, **kwargs)
+
+        return _dressed(init, original)
+
+    def stop() -> None:
+        nonlocal hot
+        hot = memoryview(bytearray(len(hot) * 8)).cast("d")
+
+    vars(on_step).update(_NOT_COMPILED)
+    observer = Observer()
+    observer.on_step, observer.wrap_backward, observer.stop = on_step, wrap_backward, stop
+    observer.wrap_next, observer.wrap_init = wrap_next, wrap_init
+    return observer
+
+
+def _batch_size(iterator: Any) -> int:
+    """0: its loader does not say."""
+    size = getattr(getattr(iterator, "_index_sampler", None), "batch_size", None)
+    return size if type(size) is int else 0
+
+
+def _takes(function: Any) -> Any:
+    """Names and defaults of its arguments; None of something that is no function of Python's."""
+    code = getattr(function, "__code__", None)
+    return code and (
+        code.co_varnames[: code.co_argcount],
+        code.co_kwonlyargcount,
+        code.co_flags & 12,
+        function.__defaults__,
+    )
 
 
 def _dressed(function: Any, original: Any) -> Any:
@@ -141,11 +223,6 @@ def _dressed(function: Any, original: Any) -> Any:
         setattr(function, name, getattr(original, name, None))
     function.__wrapped__ = original
     return function
-
-
-# A compiler of the program's code (torch.compile over a whole step) calls what is ours as it is, and does not look into it.
-for _method in (Observer.on_step, Observer._count_batch):
-    vars(_method).update(_torchdynamo_disable=True, _torchdynamo_disable_msg=None)
 
 
 class _WhenImported:
@@ -206,16 +283,19 @@ class _Loader:
 
 def begin(directory: str) -> Observer:
     """Opens the page of this rank and hooks into whatever of torch there is or will be. Raises OSError or ValueError without a page."""
-    observer = Observer(_open_page(directory))
-    observer._words[W_BEGAN_NS] = monotonic_ns()
-    observer._words[W_PID] = os.getpid()
+    page = _open_page(directory)
+    observer = observe(page)
+    page.words[W_BEGAN_NS] = monotonic_ns()
+    page.words[W_PID] = os.getpid()
     os.register_at_fork(after_in_child=observer.stop)
 
     def hook_steps(module: Any) -> None:
         module.register_optimizer_step_post_hook(observer.on_step)
 
     def hook_loaders(module: Any) -> None:
-        module._BaseDataLoaderIter.__next__ = observer.wrap_next(module._BaseDataLoaderIter.__next__)
+        iterator = module._BaseDataLoaderIter
+        iterator.__next__ = observer.wrap_next(iterator.__next__)
+        iterator.__init__ = observer.wrap_init(iterator.__init__)
 
     def hook_backward(module: Any) -> None:
         module.backward = observer.wrap_backward(module.backward)

@@ -9,15 +9,7 @@ from dataclasses import replace
 
 from launcher.gang.observations import RankSample
 from launcher.node import progress
-from launcher.node.progress import (
-    W_BATCH_AT_NS,
-    W_BATCHES,
-    W_DONE_STEPS,
-    W_PAUSED_SINCE_NS,
-    W_PID,
-    W_TOTAL_STEPS,
-    W_WAIT_SINCE_NS,
-)
+from launcher.node.progress import W_DONE_STEPS, W_PAUSED_SINCE_NS, W_PID, W_TOTAL_STEPS
 
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 _QUIET_S = 4.0
@@ -67,8 +59,7 @@ class RankPage:
 
     def steps(self) -> int | None:
         """Optimizer steps so far, also of a rank that is dead."""
-        record = self._page.read_record() if self._page is not None else None
-        return record[1] if record is not None else None
+        return (int(self._page.hot[progress.H_STEPS]) or None) if self._page is not None else None
 
     def close(self) -> None:
         if self._page is not None:
@@ -87,28 +78,30 @@ def read_page(page: progress.Page, now_ns: int) -> dict[str, object]:
     words = page.words
     if not words[W_PID]:
         return {}
+    now_s = now_ns / 1e9
+    steps, step_at_s, step_s, samples, own_s, wait_began_s, wait_ended_s, waited_s, batches, batch_at_s = (
+        page.read_hot()
+    )
 
-    def age_s(at_ns: int) -> float | None:
-        return max(0, now_ns - at_ns) / 1e9 if at_ns else None
+    def age_s(at_s: float) -> float | None:
+        return max(0.0, now_s - at_s) if at_s else None
 
     known: dict[str, object] = {
-        "batches": words[W_BATCHES],
-        "batch_age_s": age_s(words[W_BATCH_AT_NS]),
-        "waiting_s": age_s(words[W_WAIT_SINCE_NS]),
-        "paused_s": age_s(words[W_PAUSED_SINCE_NS]),
+        "batches": int(batches),
+        "batch_age_s": age_s(max(wait_ended_s, batch_at_s)),
+        "waiting_s": age_s(wait_began_s) if wait_began_s > wait_ended_s else None,
+        "paused_s": age_s(words[W_PAUSED_SINCE_NS] / 1e9),
         "total_steps": words[W_TOTAL_STEPS] or None,
         "done_steps": words[W_DONE_STEPS],
     }
-    record = page.read_record()
-    if record is not None:
-        _, steps, at_ns, took_ns, waited_ns, samples, own_ns = record
+    if steps:
         known |= {
-            "steps": steps,
-            "step_age_s": age_s(at_ns),
-            "step_s": took_ns / 1e9 if took_ns else None,
-            "waited_s": waited_ns / 1e9,
-            "samples": samples or None,
-            "own_s": own_ns / 1e9,
+            "steps": int(steps),
+            "step_age_s": age_s(step_at_s),
+            "step_s": step_s or None,
+            "waited_s": waited_s,
+            "samples": int(samples) or None,
+            "own_s": own_s,
         }
     return known
 

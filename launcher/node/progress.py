@@ -4,16 +4,15 @@ Memory, not a file on disk: the kernel stalls a writer of a mapped file while it
 in somebody's training. The agent makes an anonymous memory file and leaves a link to it in the rank's directory (`progress`); when the
 agent is gone the memory is too, whoever was killed.
 
-The page is 512 words of 64 bits. Words that say one thing each are stored by themselves. What belongs together (a step, when, how
-long) is a record with its own number and a check sum, written in turn into one of two places: a reader takes the newer of those that are
-whole, so it never sees half of an update, and a writer that is stopped in the middle of one has left the last one readable.
+The page is 512 words of 64 bits, each stored by itself and whole: an integer, or, where a training step writes it (the *hot* words), a
+float that counts or is a moment of CLOCK_MONOTONIC in seconds. There is no lock and no check sum. A step's words are stored in an order in
+which half of them mislead nobody, the count last; and a reader looks twice, so a writer that runs meanwhile is noticed.
 """
 
 from __future__ import annotations
 
 import mmap
 import os
-import struct
 import sys
 
 TYPE_CHECKING = False  # importing typing would cost a good part of our start
@@ -21,22 +20,23 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 PAGE_BYTES = 4096
-VERSION = 1
+VERSION = 2
 """Raised with every change of meaning of a word. Whoever finds another number leaves the page alone."""
 _MAGIC = int.from_bytes(b"RHPAGE\0" + bytes([VERSION]), "little")
 
-W_MAGIC, W_PID, W_BEGAN_NS, W_WAIT_SINCE_NS, W_PAUSED_SINCE_NS = 0, 1, 2, 3, 4
-W_BATCHES, W_BATCH_AT_NS, W_TOTAL_STEPS, W_DONE_STEPS, W_NUM_PAUSES = 5, 6, 7, 8, 9
-_SLOTS = (32, 64)
-RECORD = struct.Struct("=8Q")
-"""Number of the record, steps, when the last one ended, how long it took, time waited in data loaders so far, samples so far, time of its
-own so far (from the end of a step to the next call of backward, where nobody waits for other ranks), check sum. Times in ns."""
-_MASK = (1 << 64) - 1
+W_MAGIC, W_PID, W_BEGAN_NS, W_PAUSED_SINCE_NS = 0, 1, 2, 3
+W_TOTAL_STEPS, W_DONE_STEPS, W_NUM_PAUSES = 4, 5, 6
 
-
-def check_sum(number: int, steps: int, at_ns: int, took_ns: int, waited_ns: int, samples: int, own_ns: int) -> int:
-    """Odd factors, so that a mixture of an old and a new record does not add up by chance."""
-    return (number * 3 + steps * 5 + at_ns * 7 + took_ns * 11 + waited_ns * 13 + samples * 17 + own_ns * 19 + 1) & _MASK
+_HOT_AT = 64
+"""Bytes: what a step writes is one line of the cache, and no other word is in it."""
+NUM_HOT = 10
+H_STEPS, H_STEP_AT_S, H_STEP_S, H_SAMPLES, H_OWN_S, H_WAIT_BEGAN_S, H_WAIT_ENDED_S, H_WAITED_S = range(8)
+"""Steps; when the last one ended, and how long it took; samples of all steps; time so far of the rank's own (from the end of a step to the
+next call of backward, where nobody waits for other ranks); when the main thread last began to wait for a data loader (0: there was nothing
+more), and when it last had a batch; time waited so far, as of the last step."""
+H_BATCHES, H_BATCH_AT_S = 8, 9
+"""Batches, and when one came to another thread."""
+_NUM_TRIES = 5
 
 
 def page_link(rank_directory: str) -> str:
@@ -45,7 +45,7 @@ def page_link(rank_directory: str) -> str:
 
 
 class Page:
-    """The page, mapped. `words` are its 64-bit words; a store to one is whole."""
+    """The page, mapped. `words` are its integers, `hot` the floats that a step writes; a store to one is whole."""
 
     def __init__(self, fd: int, *, writable: bool) -> None:
         """Raises OSError or ValueError if this is no page of our version. The descriptor stays the caller's."""
@@ -56,28 +56,23 @@ class Page:
         options = {"trackfd": False} if sys.version_info >= (3, 13) else {}
         self.memory = mmap.mmap(fd, PAGE_BYTES, mmap.MAP_SHARED, prot, **options)
         self.words = memoryview(self.memory).cast("Q")
+        self.hot = memoryview(self.memory)[_HOT_AT : _HOT_AT + 8 * NUM_HOT].cast("d")
         if self.words[W_MAGIC] != _MAGIC:
             raise ValueError("not a progress page of this version")
 
-    def write_record(
-        self, number: int, steps: int, at_ns: int, took_ns: int, waited_ns: int, samples: int, own_ns: int
-    ) -> None:
-        """One writer, whose `number` rises by 1."""
-        check = check_sum(number, steps, at_ns, took_ns, waited_ns, samples, own_ns)
-        offset = _SLOTS[number & 1] * 8
-        RECORD.pack_into(self.memory, offset, number, steps, at_ns, took_ns, waited_ns, samples, own_ns, check)
-
-    def read_record(self) -> Sequence[int] | None:
-        """The newest whole record without its check sum; None before the first."""
-        best: Sequence[int] | None = None
-        for slot in _SLOTS:
-            *values, check = RECORD.unpack_from(self.memory, slot * 8)
-            if values[0] and check == check_sum(*values) and (best is None or values[0] > best[0]):
-                best = values
-        return best
+    def read_hot(self) -> Sequence[float]:
+        """The hot words as they were at one moment. (If the writer is so quick that they never stand still, the last look: its words
+        are then some steps apart at most.)"""
+        values = self.hot.tolist()
+        for _ in range(_NUM_TRIES):
+            before, values = values, self.hot.tolist()
+            if values == before:
+                break
+        return values
 
     def close(self) -> None:
         self.words.release()
+        self.hot.release()
         self.memory.close()
 
 

@@ -25,18 +25,17 @@ class Observed:
         self.fd = progress.create()
         os.symlink(f"/proc/{os.getpid()}/fd/{self.fd}", directory / "progress")
         self.page = progress.Page(self.fd, writable=False)
-        self._written = progress.open_page(str(directory), writable=True)
-        self.observer = load_instrument()["Observer"](self._written)
+        self.writable = progress.open_page(str(directory), writable=True)
+        self.observer = load_instrument()["observe"](self.writable)
 
     @property
     def steps(self) -> int | None:
-        record = self.page.read_record()
-        return record[1] if record else None
+        return int(self.page.hot[progress.H_STEPS]) or None
 
     def step(self, optimizer: object) -> None:
         self.observer.on_step(optimizer, (), {})
 
     def close(self) -> None:
         self.page.close()
-        self._written.close()
+        self.writable.close()
         os.close(self.fd)
