@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 
 from cache.blocks import BLOCKS_PER_EXTENT, ExtentId, extent_of
 
@@ -100,6 +101,11 @@ class Lookahead:
                 if is_needed(visit.content_id, block):
                     return visit, block, float(distance)
             stream.cursor += 1
+
+    def next_visits(self, num: int) -> Iterator[Visit]:
+        """Of each stream, the first `num` visits that are not behind its reader."""
+        for stream in self._streams.values():
+            yield from islice(stream.visits, num)
 
     def is_announced(self, content_id: str, block: int) -> bool:
         """Whether somebody will visit this very block."""

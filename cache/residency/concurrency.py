@@ -5,8 +5,9 @@ Three forces, judged window by window:
 - *Fewer.* What more requests do not speed up, fewer may not slow down: then they only queued, and a reader that needs a block now would
   queue behind them. Given back until goodput falls.
 - *503.* Above the share of refusals that this origin shows anyway, the number is cut (multiplicative decrease), again and again, and grows
-  in small steps once they end. When a cut costs goodput and brings no fewer refusals, they do not come from our load (a flaky proxy
-  refuses one in ten whatever is asked): it is undone and that share tolerated, else such an origin would be driven down to a crawl.
+  in small steps once they end. A store that is pushed too hard refuses what is too much: half as many requests end that.
+  Where refusals remain they do not come from our load (a flaky proxy refuses one in ten whatever is asked): the cuts
+  are undone and that share is tolerated, else such an origin would be driven down to a crawl.
 
 Goodput comes from Little's law (requests in flight x bytes of one / time of one), over requests that began in the window: counting what
 lands per second is noise, because requests that began together land together.
@@ -33,14 +34,22 @@ SHRINK = 0.8
 HARMLESS = 0.98
 """Fewer requests are kept when at least this part of the goodput is left."""
 
-CUT = 0.7
+CUT = 0.5
 MIN_THROTTLE_WINDOW = 60
 """Answers that a share of refusals is judged by; fewer would take chance for overload."""
 
 TOLERATED_SHARE = 0.02
-RANDOM_SHARE = 0.75
-COSTLY = 0.9
-"""A cut that leaves this part of the refusals, or more, and this part of the goodput, or less, was no cure."""
+RANDOM_SHARE = 0.35
+"""Half as many requests that leave this part of the refusals, or more, were no cure: where up to half of what is asked is too much, they
+leave none. (A smaller cut would leave some of them either way, and sixty answers could not tell.)"""
+
+MOST_TOLERATED = 0.5
+"""Who refuses more than this means it."""
+
+CHANCE = 0.1
+"""By how much the share of some sixty answers may be above what it is in the long run."""
+
+RARE_SHARE = 0.25
 
 HOLD_S = 10.0
 
@@ -58,10 +67,19 @@ class _Window:
 
 @dataclass
 class _Answers:
-    start_s: float
+    num: int = 0
+    """Requests that went out. (Not those that were answered: refusals come at once, and all else after them.)"""
+    num_refusals: int = 0
+
+
+@dataclass
+class _Cutting:
+    """Refusals are being answered by cuts: the limit and the share of refusals before the first, and what was answered since."""
+
+    limit: float
+    share: float
     num: int = 0
     num_refusals: int = 0
-    num_bytes: int = 0
 
 
 class Concurrency:
@@ -81,10 +99,11 @@ class Concurrency:
         self._is_settled = False
         self._hold_until_s = 0.0
         self._next_is_up = True
-        self._answers = _Answers(0.0)
+        self._answers = _Answers()
         self._tolerated = TOLERATED_SHARE
-        self._before_cut: tuple[float, float, float] | None = None
-        """While refusals are being answered by cuts: limit, share of refusals and goodput before the last."""
+        self._last_answers = (0, 0)
+        """Of the window before: how many, and how many of them were refusals."""
+        self._cutting: _Cutting | None = None
 
     @property
     def limit(self) -> int:
@@ -95,17 +114,16 @@ class Concurrency:
         if self._window.start_s == 0.0:
             self._window.start_s = now
         self._window.is_full |= in_flight >= self.limit
+        self._answers.num += 1
 
     def ended(self, now: float, num_bytes: int, seconds: float = 0.0, *, throttled: bool = False) -> None:
         """A request is over. `seconds`: what it took, 0 where that says nothing; `throttled`: it was refused with 429 or 503."""
         answers = self._answers
-        answers.start_s = answers.start_s or now
-        answers.num += 1
         answers.num_refusals += throttled
-        answers.num_bytes += num_bytes
-        if answers.num >= max(MIN_THROTTLE_WINDOW, 3 * self.limit) and now > answers.start_s:
-            self._judge_refusals(answers.num_refusals / answers.num, answers.num_bytes / (now - answers.start_s), now)
-            self._answers = _Answers(now)
+        if answers.num >= max(MIN_THROTTLE_WINDOW, 3 * self.limit):
+            self._judge_refusals(answers, now)
+            self._last_answers = answers.num, answers.num_refusals
+            self._answers = _Answers()
         window = self._window
         if num_bytes >= LARGE_BYTES and 0 < seconds <= now - window.start_s:
             window.num, window.num_bytes, window.seconds = (
@@ -114,32 +132,41 @@ class Concurrency:
                 window.seconds + seconds,
             )
             if window.num >= max(12, 1.5 * self.limit):
-                if window.is_full and self._before_cut is None:
+                if window.is_full and self._cutting is None:
                     self._judge(self.limit * window.num_bytes / window.seconds, now)
                 else:
                     self._trying = None
                 self._window = _Window(now)
 
-    def _judge_refusals(self, share: float, goodput: float, now: float) -> None:
-        if share <= self._tolerated:
-            if self._before_cut is not None:
-                self._before_cut = None
-                self.reason = "cut, and the refusals have ended"
-                self._settle(0.0, now)
+    @property
+    def refusals_are_rare(self) -> bool:
+        """Whether one more request would hardly be one too many."""
+        answers, (num, num_refusals) = self._answers, self._last_answers
+        return answers.num_refusals + num_refusals <= 1 + RARE_SHARE * (answers.num + num)
+
+    def _judge_refusals(self, answers: _Answers, now: float) -> None:
+        share = answers.num_refusals / answers.num
+        cutting = self._cutting
+        if cutting is None:
+            if share > self._tolerated and self._limit > self.floor:
+                self._cutting = _Cutting(self._limit, share)
+                self._set(self._limit * CUT, f"cut: {share:.0%} of the answers were refusals")
             elif share < self._tolerated / 3:
                 self._tolerated = max(TOLERATED_SHARE, self._tolerated * 0.8)
             return
-        if self._before_cut is not None:
-            limit, share_before, goodput_before = self._before_cut
-            if share > RANDOM_SHARE * share_before and goodput < COSTLY * goodput_before:
-                self._before_cut = None
-                self._tolerated = min(0.5, 1.5 * max(share, share_before))
-                self._set(limit, f"{share:.0%} refusals whatever is asked: not caused by our load")
-                self._settle(0.0, now)
-                return
-        if self._limit > self.floor:
-            self._before_cut = (self._limit, share, goodput)
-            self._set(self._limit * CUT, f"cut: {share:.0%} of the answers were refusals")
+        cutting.num, cutting.num_refusals = cutting.num + answers.num, cutting.num_refusals + answers.num_refusals
+        since = cutting.num_refusals / cutting.num
+        if since > max(RANDOM_SHARE * cutting.share, TOLERATED_SHARE) and max(since, cutting.share) < MOST_TOLERATED:
+            self._cutting = None
+            self._tolerated = min(MOST_TOLERATED, max(since, cutting.share) + CHANCE)
+            self._set(cutting.limit, f"{since:.0%} refusals whatever is asked: not caused by our load")
+            self._settle(0.0, now)
+        elif share <= self._tolerated:
+            self._cutting = None
+            self.reason = "cut, and the refusals have ended"
+            self._settle(0.0, now)
+        else:
+            self._set(self._limit * CUT, f"cut again: {share:.0%} of the answers were refusals")
 
     def _judge(self, goodput: float, now: float) -> None:
         before, self._trying = self._trying, None

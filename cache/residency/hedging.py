@@ -13,6 +13,11 @@ SAMPLES = 200
 MIN_SAMPLES = 20
 BUDGET_SHARE = 0.05
 BUDGET_BURST = 4.0
+EARLY_SHARE = 0.15
+EARLY_BURST = 16.0
+"""So many refused requests come again before they were asked for, of those that succeed. (What is refused comes again in any case: this
+bounds how much of it comes early.)"""
+
 QUIET_AFTER_THROTTLE_S = 10.0
 
 STALL_FACTOR = 4.0
@@ -29,6 +34,7 @@ class Hedging:
         """By magnitude: a fetch is late among those of about its size."""
         self._first_byte_s: deque[float] = deque(maxlen=SAMPLES)
         self._tokens = 1.0
+        self._early_tries = EARLY_BURST
         self._quiet_until_s = 0.0
 
     def landed(self, num_bytes: int, seconds: float, first_byte_s: float) -> None:
@@ -36,6 +42,7 @@ class Hedging:
         self._seconds[num_bytes.bit_length()].append(seconds)
         self._first_byte_s.append(first_byte_s)
         self._tokens = min(BUDGET_BURST, self._tokens + BUDGET_SHARE)
+        self._early_tries = min(EARLY_BURST, self._early_tries + EARLY_SHARE)
 
     def throttled(self, now: float) -> None:
         self._quiet_until_s = now + QUIET_AFTER_THROTTLE_S
@@ -50,6 +57,13 @@ class Hedging:
         if now < self._quiet_until_s or self._tokens < 1.0:
             return False
         self._tokens -= 1.0
+        return True
+
+    def take_early_try(self) -> bool:
+        """Whether a block that is needed soon is tried again before its origin asked for it (haste.py)."""
+        if self._early_tries < 1.0:
+            return False
+        self._early_tries -= 1.0
         return True
 
     @property

@@ -9,6 +9,7 @@ from cache.errors import CacheError, DiskError, OriginThrottled, PeerError
 from cache.residency import messages as m
 from cache.residency.blockstate import BlockMove, BlockState
 from cache.residency.budget import INDEX_BYTES_PER_EXTENT, UNKNOWN_READERS
+from cache.residency.haste import hasten_what_is_near
 from cache.residency.health import SLOW_S
 from cache.residency.on_readers import table_is_read
 from cache.residency.peerhealth import OUT_OF_USE
@@ -114,7 +115,8 @@ def blocks_landed(s: State, event: m.BlocksLanded) -> None:
         s.counters.borrowed_bytes += event.num_bytes
     else:
         s.counters.fetched_bytes += event.num_bytes
-    s.origins.ended(extent.owner.object_id.url, event.source, s.now, event.num_bytes, event.seconds)
+    url, num_blocks = extent.owner.object_id.url, event.end - event.first
+    s.origins.ended(url, event.source, num_blocks, s.now, event.num_bytes, event.seconds)
     s.over(extent, range(event.first, event.end))
     _landed(s, extent, event.first, event.end)
     _worked(s, event.write_s, "writing blocks")
@@ -132,7 +134,8 @@ def _landed(s: State, extent: Extent, first: int, end: int) -> None:
 def blocks_failed(s: State, event: m.BlocksFailed) -> None:
     extent = s.finished(event.extent, event.generation)
     is_throttled = isinstance(event.error, OriginThrottled)
-    s.origins.ended(extent.owner.object_id.url, event.source, s.now, throttled=is_throttled)
+    url, num_blocks = extent.owner.object_id.url, event.end - event.first
+    s.origins.ended(url, event.source, num_blocks, s.now, throttled=is_throttled)
     s.over(extent, range(event.first, event.end))
     first = max(event.first, event.landed)
     if first > event.first:
@@ -157,6 +160,8 @@ def blocks_failed(s: State, event: m.BlocksFailed) -> None:
     s.counters.retries += 1
     for key in keys:
         s.queue(key)
+    if is_throttled:
+        hasten_what_is_near(s)
 
 
 def _not_lent(s: State, keys: list[BlockKey], error: PeerError) -> None:

@@ -7,6 +7,7 @@ from cache.errors import CacheError, PeerError
 from cache.residency import messages as m
 from cache.residency.blockstate import BlockState
 from cache.residency.budget import release
+from cache.residency.haste import hasten, hasten_what_is_near
 from cache.residency.pump import read_table
 from cache.residency.residents import Extent, KnownObject
 from cache.residency.state import State
@@ -59,6 +60,7 @@ def blocks_wanted(s: State, event: m.BlocksWanted) -> None:
         return
     s.counters.delayed_hits += want.cause == "delayed hit"
     s.waiting.add(want)
+    hasten(s, keys)
     if s.lookahead.next_use(want.extent) is None:
         _hint_around(s, known, event)
     if extent is not None:
@@ -206,6 +208,7 @@ def order_announced(s: State, event: m.OrderAnnounced) -> None:
 
 def order_advanced(s: State, event: m.OrderAdvanced) -> None:
     s.lookahead.advance(event.stream_id, event.num_visits)
+    hasten_what_is_near(s)
 
 
 def stream_closed(s: State, event: m.StreamClosed) -> None:

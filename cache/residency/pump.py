@@ -179,7 +179,7 @@ def _start_run(s: State, extent: Extent, block: int, size: int, own_end: int, *,
     s.counters.demand_fetches += is_demand
     s.counters.prefetches += not is_demand
     oid, idx = extent.owner.object_id, extent.key.extent_idx
-    s.origins.started(oid.url, source, s.now)
+    s.origins.started(oid.url, source, len(run), s.now)
     s.actions.append(m.FetchBlocks(oid, idx, extent.generation, run.start, run.stop, is_demand, source))
 
 

@@ -68,6 +68,14 @@ def test_an_origin_that_refuses_at_random_is_not_starved() -> None:
     assert sum(goodput[30:]) / 30 >= 0.75 * 200e6, control.reason
 
 
+def test_random_refusals_cost_nothing_but_a_look_at_the_beginning() -> None:
+    """The first batches of a training come in the first seconds: by then it must be known that less would not help."""
+    for seed in range(5):
+        control = Concurrency(cap=64)
+        goodput = drive(Link(200e6, 60e6, refuse=lambda in_flight, rng: rng.random() < 0.1), control, 10, seed=seed)
+        assert sum(goodput[2:]) / 8 >= 0.75 * 200e6, control.reason
+
+
 def test_the_limit_stays_within_its_bounds_whatever_happens() -> None:
     rng = random.Random(1)
     control = Concurrency(cap=32)

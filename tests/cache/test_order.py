@@ -182,7 +182,7 @@ def test_too_few_samples_for_one_batch_is_refused() -> None:
 # --- schedule -------------------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(shard_sizes, shuffles, st.lists(st.tuples(st.sampled_from([1, 2, 3, 6]), st.integers(0, 9)), max_size=6))
 def test_resizing_at_any_step_keeps_exactly_once(
     sizes: list[int], kind: shuffle.Shuffle, attempts: list[tuple[int, int]]
