@@ -3,10 +3,11 @@
     python -m benchmarks.faulty --quick
     python -m benchmarks.faulty --result benchmarks/results/faulty_2cores_202611.md
 
-One request in ten is answered with 503 and Retry-After: 1, one in ten is cut in the middle of its body, by the shaping proxy in front of a
-real S3 server. A cold epoch, shuffled, whose steps want half of what the link gives. The accelerator is emulated: a step takes a fixed
-time, and runs while the next batch is read (in the training process, no workers). Every sample is compared with its checksum. Beside it:
-the same loop over samples in memory, and over a store without faults.
+One request in ten is answered with 503 and Retry-After: 1, one in ten is cut in the middle of its body, by the shaping proxy in front of
+a real S3 server (which serves what it has read from its memory: see benchmarks/object_memory.py). A cold epoch, shuffled, whose steps
+want half of what the link gives. The accelerator is emulated: a step takes a fixed time, and runs while the next batch is read (in the
+training process, no workers). Every sample is compared with its checksum. Beside it: the same loop over samples in memory, and over a
+store without faults.
 """
 
 from __future__ import annotations
@@ -98,6 +99,7 @@ def run(num_objects: int, repeats: int) -> dict[str, list[dict[str, Any]]]:
     in_order = [whole[at : at + SAMPLE_BYTES] for whole in content for at in range(0, OBJECT_BYTES, SAMPLE_BYTES)]
     results: dict[str, list[dict[str, Any]]] = {}
     with stage(num_objects) as where:
+        where.proxy.keep(f"/{url.partition('://')[2]}" for url in where.data.urls)
         samples = Share(0, 0, 1, 0.0).samples(len(where.data.checksums))
         for _ in range(repeats):
             for way in WAYS:
@@ -106,7 +108,8 @@ def run(num_objects: int, repeats: int) -> dict[str, list[dict[str, Any]]]:
                     result = in_memory(where.data, samples, in_order)
                 else:
                     faults = FAULTS if way == WAYS[2] else {}
-                    where.proxy.set(first_byte_s=0.03, rate_per_connection=60e6, rate_total=LINK_RATE, **faults)
+                    shape = {"first_byte_s": 0.03, "rate_per_connection": 60e6, "rate_total": LINK_RATE}
+                    where.proxy.set(**shape, **faults, keeps_objects=True)
                     with tempfile.TemporaryDirectory(prefix="faulty-") as directory:
                         result = through_the_cache(where, Path(directory), samples)
                 results.setdefault(way, []).append(result | {"load_before": load})

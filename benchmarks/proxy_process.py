@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import subprocess
 import sys
 import urllib.error
 import urllib.request
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from benchmarks.parentage import ends_with_us
 
@@ -69,6 +72,21 @@ class ProxyProcess:
     def change(self, **behaviour: Any) -> None:
         """Changes only what is named."""
         self._control("PATCH", "/behaviour", behaviour)
+
+    def keep(self, paths: Iterable[str]) -> None:
+        """From now on these objects are served from the proxy's memory (see Behaviour.keeps_objects), until `set` says otherwise."""
+        self.set(keeps_objects=True)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        try:
+            for path in paths:
+                connection.request("GET", quote(path), headers={"Range": "bytes=0-0"})
+                answer = connection.getresponse()
+                answer.read()
+                if answer.status != 206:
+                    raise ValueError(f"GET {path}: {answer.status}")
+        finally:
+            connection.close()
+        self.reset_counters()
 
     def counters(self) -> dict[str, Any]:
         counters: dict[str, Any] = self._control("GET", "/counters")

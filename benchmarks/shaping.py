@@ -56,6 +56,10 @@ class Behaviour:
     faults_per_range: int | None = None
     """The same request (method, key, range) meets at most so many faults: 1 makes every first retry succeed."""
 
+    keeps_objects: bool = False
+    """Objects are read from the upstream once, whole, and served from memory from then on (benchmarks/object_memory.py). Not for objects
+    that change."""
+
     seed: int = 0
 
     def __post_init__(self) -> None:

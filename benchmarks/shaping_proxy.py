@@ -22,11 +22,12 @@ import socket
 import struct
 import sys
 from collections import Counter
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 
 from aiohttp import web
 
 from benchmarks.http1 import Head, ProtocolError, SocketReader, request_of
+from benchmarks.object_memory import StoredObject, may_be_kept
 from benchmarks.shaping import Answer, Behaviour, Counters, Request, TokenBucket, fault_of
 
 # Unshaped, a big buffer saves system calls. Shaped, a piece is some milliseconds of the rate: 1 ms made as even a stream as 5 ms for
@@ -50,6 +51,8 @@ class ShapingProxy:
         self._met: Counter[Request] = Counter()
         self._tasks: set[asyncio.Task[None]] = set()
         self.total = TokenBucket(None)
+        self.objects: dict[str, asyncio.Task[StoredObject | None]] = {}
+        """By path, read or being read; None: what is no object."""
         self._behaviour = Behaviour()
         self.behaviour = behaviour or Behaviour()
 
@@ -73,9 +76,10 @@ class ShapingProxy:
         self._spawn(self._accept(listener))
 
     async def stop(self) -> None:
-        for task in self._tasks:
+        tasks = [*self._tasks, *self.objects.values()]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     def _spawn(self, work: Coroutine[object, object, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -147,12 +151,30 @@ class _Connection:
             _reset(self.client)
             return False
         asked_at = self.loop.time()
-        answer_head = await self._ask_upstream(head)
+        kept = await self._kept(request, head) if behaviour.keeps_objects else None
+        answer_head, body = kept if kept is not None else (await self._ask_upstream(head), None)
         self.answer = self.proxy.counters.begin(request, answer_head.status)
         await asyncio.sleep(max(0.0, asked_at + behaviour.first_byte_s - self.loop.time()))
         await self.loop.sock_sendall(self.client, answer_head.raw)
-        complete = await self._relay_answer_body(request, answer_head, behaviour, fault, place)
+        if body is not None:
+            complete = await self._relay_sized(len(body), _from_memory(body), behaviour, fault, place)
+        else:
+            complete = await self._relay_answer_body(request, answer_head, behaviour, fault, place)
         return complete and head.keeps_alive and answer_head.keeps_alive
+
+    async def _kept(self, request: Request, head: Head) -> tuple[Head, memoryview] | None:
+        """The answer from memory; None: the upstream is to be asked."""
+        if not may_be_kept(request, head):
+            return None
+        reading = self.proxy.objects.get(request.path)
+        if reading is None:
+            reading = self.proxy.objects[request.path] = self.loop.create_task(_whole(self.proxy.upstream, head))
+        try:
+            stored = await reading
+        except (*_GONE, OSError):
+            self.proxy.objects.pop(request.path, None)
+            raise
+        return None if stored is None else stored.answer(request, head)
 
     async def _ask_upstream(self, head: Head) -> Head:
         """Sends the request on and returns the answer's head. A kept connection that upstream has closed meanwhile is replaced once."""
@@ -202,26 +224,40 @@ class _Connection:
                 await self._send(memoryview(chunk), behaviour, fault)
                 if chunk.startswith(b"0"):
                     return True
-        length, sent = head.length, 0
-        spot = int(place * length) if length else 0
+        return await self._relay_sized(head.length, self._from_upstream, behaviour, fault, place)
+
+    async def _from_upstream(self, room: int) -> memoryview:
+        assert self.upstream is not None
+        return self.buffer[: await self.upstream.into(self.buffer[:room])]
+
+    async def _relay_sized(
+        self,
+        length: int | None,
+        some: Callable[[int], Awaitable[memoryview]],
+        behaviour: Behaviour,
+        fault: str,
+        place: float,
+    ) -> bool:
+        """A body in pieces as `some` gives them, of as many bytes as it is asked for or fewer; none is its end."""
+        sent, spot = 0, int(place * length) if length else 0
         while length is None or sent < length:
             room = self._room(behaviour, fault)
             if length is not None:
                 room = min(room, length - sent)
             if fault in ("cut", "stall") and sent < spot:
                 room = min(room, spot - sent)
-            n = await self.upstream.into(self.buffer[:room])
-            if n == 0:
+            piece = await some(room)
+            if not piece:
                 return False
-            piece = self.buffer[:n]
-            if fault == "flip" and sent <= spot < sent + n:
+            if fault == "flip" and sent <= spot < sent + len(piece):
+                piece = memoryview(bytearray(piece))
                 piece[spot - sent] ^= 1 << (spot % 8)
             if fault == "cut" and sent == spot:
                 return False
             if fault == "stall" and sent == spot:
                 await asyncio.sleep(behaviour.stall_s)
             await self._send(piece, behaviour, fault)
-            sent += n
+            sent += len(piece)
         return True
 
     def _room(self, behaviour: Behaviour, fault: str) -> int:
@@ -247,6 +283,39 @@ class _Connection:
         if self.upstream is not None:
             self.upstream.sock.close()
             self.upstream = None
+
+
+def _from_memory(body: memoryview) -> Callable[[int], Awaitable[memoryview]]:
+    at = 0
+
+    async def some(room: int) -> memoryview:
+        nonlocal at
+        piece = body[at : at + room]
+        at += len(piece)
+        return piece
+
+    return some
+
+
+async def _whole(upstream: tuple[str, int], head: Head) -> StoredObject | None:
+    """The object that a request is about, whole. None: there is none, or its length is not known before."""
+    reader = SocketReader(await _connect(upstream))
+    try:
+        asked = dataclasses.replace(head, raw=head.without("Range"))
+        await asyncio.get_running_loop().sock_sendall(reader.sock, asked.without("If-Match"))
+        answer = await reader.head()
+        if answer is None or answer.status != 200 or answer.length is None:
+            return None
+        body = bytearray(answer.length)
+        at = 0
+        while at < len(body):
+            count = await reader.into(memoryview(body)[at:])
+            if count == 0:
+                raise ProtocolError("upstream closed in the middle of an object")
+            at += count
+        return StoredObject.of(answer, bytes(body))
+    finally:
+        reader.sock.close()
 
 
 async def _connect(address: tuple[str, int]) -> socket.socket:
@@ -332,6 +401,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--port", type=int, default=0, help="0: any free one, printed")
     parser.add_argument("--control-port", type=int, default=0, help="0: any free one, printed")
     for field in dataclasses.fields(Behaviour):
+        if field.name == "keeps_objects":
+            parser.add_argument("--keeps-objects", action="store_true")
+            continue
         kind = str if field.name == "match" else int if field.name in ("seed", "faults_per_range") else float
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=field.default)
     options = vars(parser.parse_args(argv))

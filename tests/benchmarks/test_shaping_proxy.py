@@ -140,6 +140,28 @@ def test_expect_100_continue_is_answered(proxy: ProxyProcess) -> None:
         assert connection.getresponse().read() == b"abc"
 
 
+def test_objects_that_are_kept_are_served_as_the_upstream_serves_them(proxy: ProxyProcess) -> None:
+    """From memory: the same bytes, version and heads, ranges and faults."""
+    proxy.keep(["/kept/key"])
+
+    def get(**headers: str) -> tuple[int, dict[str, str], bytes]:
+        with connected(proxy) as connection:
+            connection.request("GET", "/kept/key", headers={name.replace("_", "-"): v for name, v in headers.items()})
+            answer = connection.getresponse()
+            return answer.status, dict(answer.headers), answer.read()
+
+    status, headers, body = get()
+    assert (status, body, headers["ETag"]) == (200, DATA, '"e"')
+    status, headers, body = get(Range="bytes=100-299", If_Match='"e"')
+    assert (status, body) == (206, DATA[100:300])
+    assert (headers["ETag"], headers["Content-Length"]) == ('"e"', "200")
+    assert headers["Content-Range"] == f"bytes 100-299/{len(DATA)}"
+    assert fetch(proxy, 0, 100_000) == DATA[:100_000]
+    proxy.change(cut_share=1.0)
+    with pytest.raises(http.client.IncompleteRead):
+        get(Range="bytes=0-99999")
+
+
 def test_many_connections_at_once_are_each_served_right(proxy: ProxyProcess) -> None:
     def one(i: int) -> bool:
         return fetch(proxy, i * 1000, i * 1000 + 70_000) == DATA[i * 1000 : i * 1000 + 70_000]
