@@ -238,6 +238,7 @@ class Control:
             "held_bytes": budget.held_bytes,
             "max_files": budget.max_files,
             "files": budget.num_files,
+            "objects": residency.num_objects,
             "extents": residency.num_extents,
             "resident_bytes_at_start": self.resident_bytes_at_start,
             "in_flight_blocks": residency.in_flight,

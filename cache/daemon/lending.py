@@ -53,8 +53,10 @@ class Lending:
         self._node_id = node_id
         self._on_loopback = on_loopback
         self._nonces = Nonces()
-        self._holds: dict[int, tuple[int, str, ExtentId, int]] = {}
-        self._next_hold = itertools.count(1)
+        self._loans: dict[int, tuple[int, str]] = {}
+        """Worker and client of each that is being sent. Each is a reader of its own to the machine: with its end all that it opened
+        and held is let go of, so what has left the disk since is forgotten, however many objects the others ask for in the course of months."""
+        self._next_loan = itertools.count(1)
 
     async def answer(self, worker_pid: int, request: dict[str, Any]) -> dict[str, Any]:
         """Raises CacheError."""
@@ -68,16 +70,16 @@ class Lending:
                 self._require_new(request)
                 return await self._lend(worker_pid, request)
             case "lent":
-                self._let_go(int(request["hold"]))
+                self._ended(int(request["hold"]))
                 return {}
             case op:
                 raise CacheError(f"a worker asked for {op!r}")
 
     def worker_gone(self, pid: int) -> None:
         """It held files that it was about to send."""
-        for hold, (worker_pid, *_) in list(self._holds.items()):
+        for loan, (worker_pid, _) in list(self._loans.items()):
             if worker_pid == pid:
-                self._let_go(hold)
+                self._ended(loan)
 
     def _about(self) -> str:
         control = self._control
@@ -101,25 +103,29 @@ class Lending:
         extent = ExtentId(object_id.content_id, extent_of(first))
         if extent_of(end - 1) != extent.extent_idx:
             raise PeerError("blocks of two extents", reason="refused")
-        control, client_id = self._control, f"peers/{worker_pid}"
+        control, loan = self._control, next(self._next_loan)
+        client_id = f"loan/{loan}"
         control.tell(m.ObjectOpened(client_id, object_id))
 
         def hand_over(answer: m.Answer) -> dict[str, Any]:
             control.tell(m.ExtentHeld(client_id, extent, answer.generation))
-            hold = next(self._next_hold)
-            self._holds[hold] = (worker_pid, client_id, extent, answer.generation)
+            self._loans[loan] = (worker_pid, client_id)
             start_byte, end_byte = run_span(object_id.size_bytes, first, end)
             control.residency.counters.lent_bytes += end_byte - start_byte
             return {
                 "path": str(control.directory.extent_path(extent, answer.generation)),
                 "extent_idx": extent.extent_idx,
                 "slot": first % BLOCKS_PER_EXTENT,
-                "hold": hold,
+                "hold": loan,
             }
 
-        return await control.want(client_id, object_id.content_id, first, end, hand_over, for_peer=True)
+        try:
+            return await control.want(client_id, object_id.content_id, first, end, hand_over, for_peer=True)
+        finally:
+            if loan not in self._loans:
+                control.tell(m.ClientGone(client_id))
 
-    def _let_go(self, hold: int) -> None:
-        held = self._holds.pop(hold, None)
-        if held is not None:
-            self._control.tell(m.ExtentReleased(*held[1:]))
+    def _ended(self, loan: int) -> None:
+        found = self._loans.pop(loan, None)
+        if found is not None:
+            self._control.tell(m.ClientGone(found[1]))
