@@ -54,8 +54,8 @@ class Lending:
         self._on_loopback = on_loopback
         self._nonces = Nonces()
         self._loans: dict[int, tuple[int, str]] = {}
-        """Worker and client of each that is being sent. Each is a reader of its own to the machine: with its end all that it opened
-        and held is let go of, so what has left the disk since is forgotten, however many objects the others ask for in the course of months."""
+        """Worker and client of each that is being sent. Each is a reader of its own to the machine: with its end all that it opened and
+        held is let go of. So what has left the disk is forgotten, however many objects the others ask for in the course of months."""
         self._next_loan = itertools.count(1)
 
     async def answer(self, worker_pid: int, request: dict[str, Any]) -> dict[str, Any]:
