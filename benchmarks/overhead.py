@@ -115,7 +115,7 @@ def page(
             f"- Hardware: {hardware()}; load average before and after: {load[0]:.1f}, {load[1]:.1f}",
             f"- Versions: {versions(('torch', 'railhead'))}",
             "- Command: `python -m benchmarks.overhead`; one thread, SGD, a data loader without workers. Medians, and 95 % intervals from "
-            "resampled runs of a hundred.",
+            "resampled runs of fifty.",
             "",
             "*Within*: clocks around what is ours, in steps that have it and, drawn for each step, in steps that do not. *Pairs*: "
             "whole steps with less without. *Nothing*: pairs with the hooks out in both, which is what that method makes of nothing.",

@@ -31,9 +31,9 @@ MODELS = (
     ("768 → 768 → 768, batch 64", 768, 64),
     ("2048 → 2048 → 2048, batch 64", 2048, 64),
 )
-RUN = 100
+RUN = 50
 """Neighbours that are resampled together, for they resemble each other."""
-NUM_RUNS = 20
+NUM_RUNS = 10
 """No model is measured in fewer."""
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from launcher.watching import expect_steps, pause_watch
+from launcher.watching import count_step, expect_steps, pause_watch
 
 if TYPE_CHECKING:
     from launcher.errors import JobFailed, LauncherError
@@ -24,6 +24,7 @@ __all__ = [
     "LauncherError",
     "Program",
     "ProgramKind",
+    "count_step",
     "expect_steps",
     "pause_watch",
     "run",

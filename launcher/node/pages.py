@@ -11,6 +11,8 @@ from launcher.gang.observations import RankSample
 from launcher.node import progress
 from launcher.node.progress import W_DONE_STEPS, W_PAUSED_SINCE_NS, W_PID, W_TOTAL_STEPS
 
+_SEEN = (progress.H_STEPS, progress.H_STEP_AT_S, progress.H_STEP_S, progress.H_SAMPLES)
+_TOLD = (progress.H_TOLD_STEPS, progress.H_TOLD_AT_S, progress.H_TOLD_STEP_S, progress.H_TOLD_SAMPLES)
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 _QUIET_S = 4.0
 """From then on a rank's descendants are counted in, too: who trains is not looked at so closely."""
@@ -59,7 +61,10 @@ class RankPage:
 
     def steps(self) -> int | None:
         """Optimizer steps so far, also of a rank that is dead."""
-        return (int(self._page.hot[progress.H_STEPS]) or None) if self._page is not None else None
+        if self._page is None:
+            return None
+        hot = self._page.hot
+        return int(hot[progress.H_TOLD_STEPS] or hot[progress.H_STEPS]) or None
 
     def close(self) -> None:
         if self._page is not None:
@@ -79,9 +84,9 @@ def read_page(page: progress.Page, now_ns: int) -> dict[str, object]:
     if not words[W_PID]:
         return {}
     now_s = now_ns / 1e9
-    steps, step_at_s, step_s, samples, own_s, wait_began_s, wait_ended_s, waited_s, batches, batch_at_s = (
-        page.read_hot()
-    )
+    hot = page.read_hot()
+    steps, step_at_s, step_s, samples = (hot[idx] for idx in (_TOLD if hot[progress.H_TOLD_STEPS] else _SEEN))
+    own_s, wait_began_s, wait_ended_s, waited_s, batches, batch_at_s = hot[progress.H_OWN_S : progress.H_BATCH_AT_S + 1]
 
     def age_s(at_s: float) -> float | None:
         return max(0.0, now_s - at_s) if at_s else None

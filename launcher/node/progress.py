@@ -29,13 +29,15 @@ W_TOTAL_STEPS, W_DONE_STEPS, W_NUM_PAUSES = 4, 5, 6
 
 _HOT_AT = 64
 """Bytes: what a step writes is one line of the cache, and no other word is in it."""
-NUM_HOT = 10
+NUM_HOT = 14
 H_STEPS, H_STEP_AT_S, H_STEP_S, H_SAMPLES, H_OWN_S, H_WAIT_BEGAN_S, H_WAIT_ENDED_S, H_WAITED_S = range(8)
 """Steps; when the last one ended, and how long it took; samples of all steps; time so far of the rank's own (from the end of a step to the
 next call of backward, where nobody waits for other ranks); when the main thread last began to wait for a data loader (0: there was nothing
 more), and when it last had a batch; time waited so far, as of the last step."""
 H_BATCHES, H_BATCH_AT_S = 8, 9
 """Batches, and when one came to another thread."""
+H_TOLD_STEPS, H_TOLD_AT_S, H_TOLD_STEP_S, H_TOLD_SAMPLES = 10, 11, 12, 13
+"""Where the script counts its steps itself (`watching.count_step`): then these are believed."""
 _NUM_TRIES = 5
 
 

@@ -6,6 +6,7 @@ Each has lines that begin with `result`, with losses and weights to the digit: t
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -19,6 +20,23 @@ import pytest
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 ARGUMENTS = {"ddp_snapshots.py": ["3", "1", "--batch_size=32"], "hf_causal_lm.py": ["--learning_rate", "5e-3"]}
 NEEDS = {"accelerate": "accelerate", "lightning": "lightning", "hf": "transformers"}
+STEPS = {
+    "accelerate_inference.py": 2,
+    "accelerate_loop.py": 8,
+    "checkpoint_dcp.py": 3,
+    "ddp_elastic.py": 5,
+    "ddp_snapshots.py": 12,
+    "fsdp2.py": 5,
+    "hf_causal_lm.py": 6,
+    "hf_trainer.py": 6,
+    "imagenet_style.py": 8,
+    "lightning_fabric.py": 12,
+    "lightning_trainer.py": 8,
+    "tensor_parallel.py": 5,
+    "recorded_main.py": None,
+    "spawned_workers.py": None,
+}
+"""Optimizer steps of each rank, which the launcher sees without being told. None: no optimizer, or not in the rank's own process."""
 FLAGS = ["--nproc-per-node=2", "--redirects=1", "--log-dir=logs"]
 DEADLINE_S = 240.0
 """Only what hangs takes so long; importing Transformers twice on two busy cores takes some tens of seconds."""
@@ -77,3 +95,10 @@ def test_a_script_of_the_documentation_gives_the_same_under_torchrun_and_here(sc
     assert ours == theirs
     assert len({line for line in ours if "rank 0" in line or "RANK=0" in line}) >= 1
     assert len(ours) >= 2, "each rank has said something"
+    assert steps_seen(tmp_path / "launcher") == [STEPS[script]] * 2
+
+
+def steps_seen(directory: Path) -> list[int | None]:
+    """Of each rank, in the last try."""
+    entries = [json.loads(line) for line in max(directory.glob("*/logs/*/journal.jsonl")).read_text().splitlines()]
+    return [entry["steps"] for entry in entries if entry["kind"] == "RankExited"]

@@ -344,10 +344,43 @@ def test_an_unmodified_ddp_script_is_counted_and_its_words_are_heard(tmp_path: P
     assert words[progress.W_PAUSED_SINCE_NS] > 0
 
 
+def test_steps_that_a_script_counts_itself_are_believed_and_no_others(tmp_path: Path) -> None:
+    """JAX, NumPy, a captured CUDA graph: what torch's optimizers do beside it is not training. A child of the rank counts nothing."""
+    script = """
+import os
+from launcher import count_step
+from torch.optim.optimizer import hooks
+for hook in hooks: hook(hooks, (), {})
+for _ in range(3): count_step(samples=8)
+if not (child := os.fork()):
+    count_step()
+    os._exit(0)
+os.waitpid(child, 0)
+open("counted", "w").close()
+while not os.path.exists("go"): pass
+"""
+    for name, text in FAKE_TORCH.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    with launch(tmp_path, "import sys; sys.path.insert(0, '.')" + script, "--start-method", "spawn") as launched:
+        launched.wait_for_file("counted")
+        page = progress.open_page(str(launched.run_dir / "attempt_0" / "rank_0"), writable=False)
+        known = read_page(page, time.monotonic_ns())
+        page.close()
+        (tmp_path / "go").touch()
+        code, _, err = launched.finish()
+        (exited,) = launched.journal("RankExited")
+    assert code == 0, err
+    assert (known["steps"], known["samples"]) == (3, 24)
+    assert known["step_age_s"] is not None and known["step_s"] is not None
+    assert exited.fields["steps"] == 3
+
+
 def test_without_the_launcher_a_script_may_say_it_all_the_same() -> None:
     script = """
 import sys
-from launcher import expect_steps, pause_watch
+from launcher import count_step, expect_steps, pause_watch
+count_step()
 with pause_watch(): expect_steps(10, done=10)
 try: expect_steps(3, done=4)
 except ValueError as error: print(error)
