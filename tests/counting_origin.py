@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import random
+import socket
+import struct
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -23,11 +25,12 @@ def random_bytes(size: int, seed: int = 0) -> bytes:
 
 @dataclass(frozen=True)
 class Fault:
-    """`refuse`: a status in place of the answer, with `headers`. Else after `after_bytes` of the body the connection closes, or (`stalls`)
-    nothing more comes until `release`."""
+    """`refuse`: a status in place of the answer, with `headers`. Else after `after_bytes` of the body the connection closes, or is
+    reset (`resets`), or (`stalls`) nothing more comes until `release`."""
 
     after_bytes: int = 0
     stalls: bool = False
+    resets: bool = False
     refuse: int | None = None
     headers: tuple[tuple[str, str], ...] = ()
 
@@ -111,6 +114,7 @@ class _Server(ThreadingHTTPServer):
 
     def __init__(self, *args: Any) -> None:
         self._open: set[Any] = set()
+        self.to_reset: set[Any] = set()
         super().__init__(*args)
 
     def process_request(self, request: Any, client_address: Any) -> None:
@@ -119,6 +123,11 @@ class _Server(ThreadingHTTPServer):
 
     def shutdown_request(self, request: Any) -> None:
         self._open.discard(request)
+        if request in self.to_reset:
+            self.to_reset.discard(request)
+            request.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            request.close()  # Without the shutdown before it, which would be an end and not a reset.
+            return
         super().shutdown_request(request)
 
     def server_close(self) -> None:
@@ -188,6 +197,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.flush()
         if fault.stalls:
             self.server.origin.wait_for_release()
+        if fault.resets:
+            self.server.to_reset.add(self.connection)
         self.close_connection = True
 
     def log_message(self, format: str, *args: Any) -> None:

@@ -2,10 +2,10 @@
 
     python -m tests.e2e.cache_soak --kills 1000 --page benchmarks/results/cache_faults_….md
 
-One origin answers 2 % of ranges with 503, cuts 1 % and stalls some in the middle; it goes away now and then; one of its objects is
-overwritten again and again. One daemon has room for two thirds of the data, on a disk of its own (tmpfs, if root is at hand) that is
-filled up now and then. A trainer reads shards in a known order, and readers read, map, fork, open and close. Daemon, fetch workers and
-readers are killed with SIGKILL at random moments; with everything dead, files are flipped, cut, emptied and removed.
+One origin answers 2 % of ranges with 503, resets 1 %, cuts 1 % and stalls some in the middle; it goes away now and then; one of its
+objects is overwritten again and again. One daemon has room for two thirds of the data, on a disk of its own (tmpfs, if root is at hand)
+that is filled up now and then. A trainer reads shards in a known order, and readers read, map, fork, open and close. Daemon, fetch workers
+and readers are killed with SIGKILL at random moments; with everything dead, files are flipped, cut, emptied and removed.
 
 What must hold: no wrong byte, no sample lost or doubled, nobody hangs; in the end books balance, nothing is leaked, and what is complete is
 not fetched again.
@@ -300,9 +300,12 @@ class Soak:
             self.counts["503 answered"] += 1
             return Fault(refuse=503, headers=(("Retry-After", "0"),))
         if draw < 0.03:
+            self.counts["connection reset"] += 1
+            return Fault(after_bytes=middle, resets=True)
+        if draw < 0.04:
             self.counts["body cut"] += 1
             return Fault(after_bytes=middle)
-        if draw < 0.033:
+        if draw < 0.043:
             self.counts["body stalled"] += 1
             return Fault(after_bytes=middle, stalls=True)
         return None

@@ -27,6 +27,26 @@ def test_every_body_is_cut_and_nothing_is_fetched_twice(
     assert cache_daemon.status()["fetching"]["resumed_fetches"] > 0
 
 
+def test_connections_are_reset_in_mid_body_and_every_byte_comes(
+    cache_daemon: CacheDaemon, counting_origin: CountingOrigin, open_cache: OpenCache
+) -> None:
+    """A reset throws away what had come and was not read yet; that much is asked for again."""
+    data = random_bytes(16 * BLOCK_BYTES + 12_345)
+    resets: list[tuple[int, int]] = []
+
+    def fault(path: str, start: int, end: int) -> Fault | None:
+        if len(resets) == 5 or (start, end) in resets:
+            return None
+        resets.append((start, end))
+        return Fault(after_bytes=(end - start) // 2, resets=True)
+
+    url = counting_origin.put("o", data)
+    counting_origin.fault = fault
+    with open_cache(cache_daemon.socket).open(url) as f:
+        assert f.read(0, len(data)) == data
+    assert len(resets) == 5 and cache_daemon.status()["counters"]["failed_blocks"] == 0
+
+
 def test_refusals_slow_the_daemon_down_and_every_block_comes(
     cache_daemon: CacheDaemon, counting_origin: CountingOrigin, open_cache: OpenCache
 ) -> None:
