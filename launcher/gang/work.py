@@ -15,7 +15,9 @@ _NUM_INNER = 4
 _COLLECTIVE = re.compile(
     r"\((?:.*/)?torch/distributed/(?:distributed_c10d|_functional_collectives|nn/functional|_symmetric_memory/[^:]*"
     r"|fsdp/_fully_shard/_fsdp_collectives)\.py:"
+    r"|\((?:.*/)?filelock/_api\.py:"
 )
+"""Or a lock file: one rank downloads or tokenises, and those of its node wait for it."""
 
 _COMPILES = re.compile(
     r"\((?:.*/)?(?:torch/_dynamo/(?:convert_frame|symbolic_convert)\.py|torch/_inductor/(?:scheduler|graph|async_compile|lowering)\.py"
@@ -48,6 +50,8 @@ def is_collective(frames: Sequence[str]) -> bool:
     >>> is_collective(("_engine_run_backward (torch/autograd/graph.py:869)", "backward (torch/_tensor.py:630)", "<module> (train.py:9)"))
     True
     >>> is_collective(("all_reduce (torch/distributed/distributed_c10d.py:3021)", "wrapper (torch/distributed/c10d_logger.py:83)"))
+    True
+    >>> is_collective(("acquire (filelock/_api.py:344)", "__enter__ (filelock/_api.py:376)", "prepare (data.py:9)"))
     True
     >>> is_collective(("evaluate (train.py:30)", "forward (torch/distributed/fsdp/fully_sharded_data_parallel.py:9)"))
     False

@@ -157,6 +157,15 @@ def test_one_long_call_without_io_is_a_line_once_and_no_hang() -> None:
     assert isinstance(named, Named) and job.named_after_s() is not None and job.named_after_s() <= 11, "but sleep is"
 
 
+def test_who_waits_at_a_lock_file_waits_for_the_one_that_computes() -> None:
+    """One rank of a node tokenises, the others wait for it at a lock file, those of other nodes in a barrier."""
+    job = gang(4, 0, frames=lambda look: SPINS, is_busy=True)
+    for rank in job.ranks[1:3]:
+        rank.frames = lambda look: ("acquire (filelock/_api.py:344)", "load (data.py:9)", "<module> (train.py:9)")
+    (noticed,) = job.train(60).stand_still(58)
+    assert isinstance(noticed, Noticed) and noticed.diagnosis.culprits == (0,)
+
+
 def test_a_long_call_of_all_ranks_or_of_the_only_one_is_no_hang_for_a_minute() -> None:
     """Nobody waits for anybody: each tokenises its part."""
     for num_ranks in (1, 4):
