@@ -146,6 +146,8 @@ class RankExited:
     """The kernel killed it, or a process of its own, because memory ran out."""
     steps: int | None = None
     """Optimizer steps that it made in this attempt. None: none that we saw (no optimizer, or not one step)."""
+    was_told: bool = False
+    """It was told to stop, with time to save, before it ended, and does not use `launcher.preemption`, which says what its end means."""
 
 
 @dataclass(frozen=True)

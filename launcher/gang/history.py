@@ -9,6 +9,7 @@ import enum
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from launcher.errors import EXIT_RESUMABLE
 from launcher.gang import policy
 from launcher.gang.events import (
     Action,
@@ -39,6 +40,14 @@ class StopCause(enum.Enum):
     SIGNAL = "a signal was sent to the launcher"
     PREEMPTION = "nodes were told to leave"
     GROWTH = "nodes have joined"
+
+    def means_saved(self, exited: RankExited) -> bool:
+        """Whether this end of a rank, while all are stopped, says that it has saved its state and is not done. A 0 does when the job is to
+        go on elsewhere and the rank was told so: its own handler has saved. (After a signal to the launcher it says nothing: that is
+        128 + n, as of any program.)"""
+        if exited.status.is_success:
+            return exited.was_told and self in (StopCause.PREEMPTION, StopCause.GROWTH)
+        return exited.status.code == EXIT_RESUMABLE and self is not StopCause.FAILURE
 
 
 @dataclass(frozen=True)

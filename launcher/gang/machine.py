@@ -15,7 +15,7 @@ import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from launcher.errors import EXIT_RESUMABLE, InvalidTransition
+from launcher.errors import InvalidTransition
 from launcher.gang import policy, sayings
 from launcher.gang.blame import blame
 from launcher.gang.causes import died_of_us, is_secondhand, with_who_left_early
@@ -174,10 +174,10 @@ class Stopping:
 
     def on(self, event: Fact, now: float) -> Move:
         match event:
+            case RankExited() if self.cause.means_saved(event):
+                return replace(self, num_saved=self.num_saved + 1), ()
             case RankExited(rank=rank, status=status) if status.is_success:
                 return replace(self, good=self.good | 1 << rank), ()
-            case RankExited(status=status) if status.code == EXIT_RESUMABLE and self.cause is not StopCause.FAILURE:
-                return replace(self, num_saved=self.num_saved + 1), ()
             case RankExited() | NodeFailed():
                 return self._take(event)
             case AttemptEnded(node_id=node_id):

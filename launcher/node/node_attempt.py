@@ -227,12 +227,15 @@ class NodeAttempt:
     def stop(self, grace_s: float, signum: int, can_save: bool = False) -> None:
         self._is_stopping, self._can_save = True, can_save
         for rank, process in self._ranks.items():
-            marked = os.path.exists(os.path.join(self._rank_directory(rank), MARKER))
-            if not can_save and (marked or (process.pid and is_stopped(process.pid))):
+            if not can_save and (self._saves_itself(rank) or (process.pid and is_stopped(process.pid))):
                 process.stop(0.0, signal.SIGKILL)
             else:
                 process.stop(grace_s, signum)
         self._check_over()
+
+    def _saves_itself(self, rank: int) -> bool:
+        """It uses `launcher.preemption`."""
+        return os.path.exists(os.path.join(self._rank_directory(rank), MARKER))
 
     def _rank_directory(self, rank: int) -> str:
         return os.path.join(self._directory, f"rank_{rank}")
@@ -337,6 +340,7 @@ class NodeAttempt:
                 left.cause,
                 left.out_of_memory,
                 self._pages[member.rank].steps(),
+                was_told=self._can_save and not self._saves_itself(member.rank),
             )
         )
 

@@ -211,6 +211,25 @@ def test_ranks_below_a_parent_that_blocks_sigint_are_interrupted_all_the_same(tm
     assert ends == [ExitStatus(signum=signal.SIGINT)] * 2
 
 
+@pytest.mark.parametrize(("first_line", "was_told"), [("", True), ("import launcher.preemption", False)])
+def test_a_zero_after_a_word_to_save_says_that_it_was_told_unless_the_script_has_another_word(
+    house: House, tmp_path: Path, first_line: str, was_told: bool
+) -> None:
+    """Without launcher.preemption nobody can tell a rank that has saved from one that is done, but by what it was told."""
+    house.begin("wait")
+    (tmp_path / "program.py").write_text(
+        f"{first_line}\nimport signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(0))\n"
+        "print('ready', flush=True)\ntime.sleep(600)\n"
+    )
+    world = arrange(house.sink.wait_for(NodesReady)[0].nodes)
+    house.start(world)
+    house.sink.wait_for_output(b"ready\n", 2)
+    house.cluster.node(world.nodes[0].node_id).stop_attempt(0, 600.0, signal.SIGTERM, can_save=True)
+    house.sink.wait_for(AttemptEnded)
+    ends = [(event.status, event.was_told) for event in house.sink.of(RankExited)]
+    assert ends == [(ExitStatus(code=0), was_told)] * 2
+
+
 def test_what_ranks_import_is_told_and_a_spare_node_takes_it_into_memory(tmp_path: Path) -> None:
     """A spare has had no rank that could tell, and would import everything only when a lost node's ranks start there."""
     (tmp_path / "train.py").write_text("import tomllib")

@@ -203,10 +203,13 @@ class Outside:
         return node_id, rank  # type: ignore[return-value]
 
     def rank_exits_well(self) -> Fact:
-        _, rank = self._pick_alive()
-        self.good_ranks.add(rank)
+        """By itself, or because it was told to save and go: then its 0 does not say that the job is done."""
+        node_id, rank = self._pick_alive()
         assert self.plan
-        return rank_exited(self.plan, rank, ExitStatus(code=0), self.now)
+        was_told = node_id in self.told_to_stop and bool(self.draw(st.booleans()))
+        if not was_told:
+            self.good_ranks.add(rank)
+        return rank_exited(self.plan, rank, ExitStatus(code=0), self.now, was_told=was_told)
 
     def rank_exits_badly(self) -> Fact:
         _, rank = self._pick_alive()
@@ -573,6 +576,36 @@ def test_a_preempted_node_is_left_after_all_have_saved_and_spends_no_restart() -
     assert scene.nodes() == ("2", "1")
     assert (scene.state.history.num_restarts, scene.state.history.num_preemptions) == (0, 1)
     assert not [action for action in scene.feed(NodeLost("0", "as announced", 2.0)) if isinstance(action, BlameNode)]
+
+
+@pytest.mark.parametrize("was_told", [True, False])
+def test_ranks_that_end_with_zero_on_being_told_to_leave_are_not_done(was_told: bool) -> None:
+    """A handler that saves and exits with 0 would else make a job that was half done look finished, on any drained node. Ranks that
+    ended by themselves meanwhile, or that use launcher.preemption and say 79 when they have saved, are done."""
+    scene = Scene()
+    plan = scene.run()
+    scene.feed(NodeDraining("0", "spot notice", 120.0, 1.0))
+    for rank in range(4):
+        scene.feed(rank_exited(plan, rank, ExitStatus(code=0), was_told=was_told))
+    scene.end_attempt()
+    if not was_told:
+        assert scene.only(Finish).exit_code == 0  # type: ignore[attr-defined]
+        return
+    assert scene.only(AcquireNodes) == AcquireNodes(keep=("1",))
+    scene.feed(PlacementRefused("no nodes"))
+    assert scene.only(Finish).exit_code == EXIT_RESUMABLE, "so that whoever ran the command runs it again"  # type: ignore[attr-defined]
+
+
+def test_growth_does_not_end_a_job_whose_ranks_save_and_end_with_zero() -> None:
+    scene = Scene(min_nodes=1)
+    scene.feed(NodesReady((node("0"),)))
+    scene.feed(StoreOpened(0, "0", StoreAddress("10.0.0.0", 1)), NodeJoined(node("1")))
+    scene.now = machine.deadline_s(scene.state) or 0.0
+    scene.feed(Tick())
+    plan = AttemptPlan(0, World((node("0"),)), StoreAddress("10.0.0.0", 1))
+    scene.feed(*(rank_exited(plan, rank, ExitStatus(code=0), was_told=True) for rank in range(2)))
+    scene.feed(AttemptEnded(0, "0"))
+    assert scene.nodes() == ("0", "1")
 
 
 def test_without_a_spare_a_preempted_gang_waits_for_a_node_and_ends_resumable_if_none_comes() -> None:
