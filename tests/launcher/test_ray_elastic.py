@@ -61,12 +61,19 @@ def stderr(directory: Path) -> str:
 def test_a_spare_takes_the_place_of_the_node_of_rank_0_and_its_store(
     ray_cluster: RayUnderTest, raylets: list[int], tmp_path: Path
 ) -> None:
-    """torchrun's job ends there. The survivor keeps its rank, and no restart is spent: --max-restarts is 0."""
+    """torchrun's job ends there. The survivor keeps its rank, and no restart is spent: --max-restarts is 0. A first spare has died while it
+    waited: nobody is stopped for it, and another is looked for."""
     raylets.append(ray_cluster.add_node("elastic"))
     flags = ("--nnodes=2", "--spare-nodes=1", "--resources=elastic=1")
     with launched(ray_cluster, tmp_path, *flags, script(tmp_path, WHERE)) as process:
         first, survivor = at(tmp_path, 0, 0, raylets)[0], at(tmp_path, 0, 1, raylets)[0]
-        wait_until(lambda: "spare node" in stderr(tmp_path), "the spare is not ready")
+        wait_until(lambda: "is ready" in stderr(tmp_path), "the spare is not ready")
+        (spare,) = set(raylets) - {first, survivor}
+        kill_node(spare)
+        raylets.append(ray_cluster.add_node("elastic"))
+        wait_until(lambda: stderr(tmp_path).count("is ready") == 2, "no other spare is found")
+        assert " lost: " in stderr(tmp_path)
+        assert not (tmp_path / "1.0").exists(), "the gang was stopped for a spare"
         kill_node(first)
         assert at(tmp_path, 1, 1, raylets) == (survivor, 2)
         assert at(tmp_path, 1, 0, raylets)[0] not in (first, survivor)
