@@ -40,8 +40,10 @@ H_BATCHES, H_BATCH_AT_S = 8, 9
 
 _WITHIN = -1
 """In place of the number of an iterator: the main thread is within one's `__next__`."""
-_NOT_COMPILED = {"_torchdynamo_disable": True, "_torchdynamo_disable_msg": None}
-"""A compiler of the program's code (torch.compile over a whole step) calls what is ours as it is, and does not look into it."""
+_PASSED_BY = "<frozen importlib>/launcher/node/instrument.py"
+"""The file that our hooks say they are from. torch's compiler looks into every function that runs below a compiled one, and would compile
+ours with the step, warn of our clock, or end the program because our module is not to be found. It passes by what belongs to importlib (a
+list that it has had from its beginning); a mark on a function is heeded only where it is called from compiled code."""
 
 
 class Observer:
@@ -177,7 +179,7 @@ def observe(page: Page) -> Observer:
             samples_ahead = 0  # batches of an evaluation belong to no step
             return timed_next(iterator)
 
-        vars(timed_next).update(_NOT_COMPILED)
+        _pass_by(next_of_another)
         return _dressed(timed_next, original)
 
     def wrap_init(original: Callable[..., None]) -> Any:
@@ -193,7 +195,8 @@ def observe(page: Page) -> Observer:
         nonlocal hot
         hot = memoryview(bytearray(len(hot) * 8)).cast("d")
 
-    vars(on_step).update(_NOT_COMPILED)
+    for function in (on_step, sets_the_pace, _batch_size):
+        _pass_by(function)
     observer = Observer()
     observer.on_step, observer.wrap_backward, observer.stop = on_step, wrap_backward, stop
     observer.wrap_next, observer.wrap_init = wrap_next, wrap_init
@@ -217,8 +220,14 @@ def _takes(function: Any) -> Any:
     )
 
 
+def _pass_by(function: Any) -> None:
+    """For torch's compiler."""
+    function.__code__ = function.__code__.replace(co_filename=_PASSED_BY)
+
+
 def _dressed(function: Any, original: Any) -> Any:
-    """As functools.wraps, which would have to be imported."""
+    """In place of the original. As functools.wraps, which would have to be imported."""
+    _pass_by(function)
     for name in ("__module__", "__name__", "__qualname__", "__doc__"):
         setattr(function, name, getattr(original, name, None))
     function.__wrapped__ = original

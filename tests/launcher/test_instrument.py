@@ -344,6 +344,59 @@ def test_an_unmodified_ddp_script_is_counted_and_its_words_are_heard(tmp_path: P
     assert words[progress.W_PAUSED_SINCE_NS] > 0
 
 
+COMPILES = """
+import sys, warnings, torch, torch._dynamo
+from torch._dynamo.utils import counters
+from torch.utils.data import DataLoader, TensorDataset
+
+def epoch():
+    torch._dynamo.reset()
+    counters.clear()
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 4)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+
+    @torch.compile(backend="eager")
+    def step(batches):
+        (x,) = next(batches)
+        loss = model(x).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    batches = iter(DataLoader(TensorDataset(torch.randn(16, 4)), batch_size=4))
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        losses = [float(step(batches)) for _ in range(4)]
+    said = {str(warning.message)[:80] for warning in warned}
+    return said, (losses, dict(counters["stats"]), len(counters["graph_break"]))
+
+said_before, before = epoch()
+namespace = {"__name__": "_railhead_observer", "__file__": sys.argv[1]}
+exec(compile(open(sys.argv[1]).read(), sys.argv[1], "exec", dont_inherit=True), namespace)
+namespace["begin"](sys.argv[2])
+said, after = epoch()
+assert after == before, (before, after)
+assert said <= said_before, said - said_before
+"""
+
+
+def test_torchs_compiler_makes_of_a_whole_step_what_it_makes_without_us(tmp_path: Path) -> None:
+    """The same graphs, no warning, no import of a module of ours; and the steps are counted."""
+    fd = progress.create()
+    os.symlink(f"/proc/{os.getpid()}/fd/{fd}", tmp_path / "progress")
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILES, str(INSTRUMENT), str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    page = progress.Page(fd, writable=False)
+    steps, samples = page.hot[progress.H_STEPS], page.hot[progress.H_SAMPLES]
+    page.close()
+    os.close(fd)
+    assert done.returncode == 0, done.stderr
+    assert (steps, samples) == (4, 16)
+
+
 def test_steps_that_a_script_counts_itself_are_believed_and_no_others(tmp_path: Path) -> None:
     """JAX, NumPy, a captured CUDA graph: what torch's optimizers do beside it is not training. A child of the rank counts nothing."""
     script = """
