@@ -22,7 +22,7 @@ from cache.residency import messages as m
 from cache.residency.budget import INDEX_BYTES_PER_EXTENT, UNKNOWN_READERS, Budget
 from cache.residency.machine import Residency
 from cache.residency.state import Limits
-from cache.store.format import HEADER_BYTES
+from cache.store.format import LABEL_BYTES
 
 SIZES = (2_000, 20_000, 100_000)
 WAYS = {"shortlist": Limits().full_look, "every extent each time": 1 << 60}
@@ -31,15 +31,15 @@ NUM_IN_FLIGHT = 32
 
 def trial(num_extents: int, full_look: int, num_files: int) -> tuple[float, float]:
     """Mean seconds of the machine for each of `num_files` new files, and its longest step."""
-    file_bytes = HEADER_BYTES + EXTENT_BYTES + INDEX_BYTES_PER_EXTENT
+    file_bytes = LABEL_BYTES + EXTENT_BYTES + INDEX_BYTES_PER_EXTENT
     machine = Residency(
         Budget(num_extents * file_bytes, 10 * num_extents),
-        limits=Limits(NUM_IN_FLIGHT, NUM_IN_FLIGHT // 4, HEADER_BYTES, full_look=full_look),
+        limits=Limits(NUM_IN_FLIGHT, NUM_IN_FLIGHT // 4, LABEL_BYTES, full_look=full_look),
         num_words=1 << 30,
     )
     objects = [ObjectId(f"s3://data/{idx:06d}", '"1"', EXTENT_BYTES) for idx in range(num_extents + num_files)]
     for idx, held in enumerate(objects[:num_extents], start=1):
-        machine.step(m.ExtentFound(held, 0, idx, HEADER_BYTES + EXTENT_BYTES, None), 0.0)
+        machine.step(m.ExtentFound(held, 0, idx, LABEL_BYTES + EXTENT_BYTES, None), 0.0)
     new = objects[num_extents:]
     for one in new:
         machine.step(m.ObjectOpened("reader", one), 1.0)

@@ -23,7 +23,7 @@ from benchmarks.machine import hardware, versions
 from benchmarks.object_trials import main
 from benchmarks.seaweed import aws_environment, free_ports
 from cache.blocks import BLOCK_BYTES
-from cache.store.format import HEADER_BYTES
+from cache.store.format import LABEL_BYTES
 
 BATCH = 64
 EPOCH = Share(0, 0, 1, 0.0)
@@ -62,7 +62,7 @@ def trial(where: Stage, directory: Path) -> dict[str, Any]:
     counters = where.proxy.counters()
     twice = sum(found["repeated_bytes"] for found in counters["objects"].values())
     files = [path for path in (directory / "node" / "cache" / "extents").glob("*/*") if path.is_file()]
-    needed = where.data.num_bytes + len(where.data.urls) * HEADER_BYTES
+    needed = where.data.num_bytes + len(where.data.urls) * LABEL_BYTES
     excess = sum(path.stat().st_size for path in files) - needed
     return {
         "before": before,
@@ -105,7 +105,7 @@ def report(results: list[dict[str, Any]], num_objects: int, command: str) -> str
         f"| requests under way then | {median(r['connections'] for r in results):.0f} |",
         f"| bytes fetched twice | {median(kib):.0f} [{min(kib):.0f}–{max(kib):.0f}] KiB, {median(kib) * 1024 / total:.4f} D |",
         f"| the same in blocks (256 KiB) per request under way | {median(per):.2f} [{min(per):.2f}–{max(per):.2f}] |",
-        f"| bytes on disk beyond the data and a header per object | {median(r['excess'] for r in results):.0f} |",
+        f"| bytes on disk beyond the data and a label per object | {median(r['excess'] for r in results):.0f} |",
         f"| wrong samples | {sum(r['wrong'] for r in results)} |",
         "\nMeasured before with other tools, not in this run: LitData 0.50 D twice and 32 % on disk, MosaicML Streaming 0.22 D and 5 %.",
     ]

@@ -5,7 +5,7 @@
 Makes a cache directory with so many extent files (of small objects, sparse: what a restart looks at is their number, not their bytes)
 and the index that belongs to it, as a daemon would have left them when it was killed. Then, for each run: the daemon is started as users
 start it, timed from the command to the line that says that it serves, on to the first block that a reader got (verified, of course), and
-to the moment when the daemon has learned of all files; SIGKILL. Without its index the daemon reads every file's header: that is shown too.
+to the moment when the daemon has learned of all files; SIGKILL. Without its index the daemon reads every file's label: that is shown too.
 """
 
 from __future__ import annotations
@@ -28,12 +28,11 @@ from cache.daemon import probe
 from cache.origin.registry import origin_for
 from cache.store.directory import CacheDirectory
 from cache.store.format import (
-    HEADER_BYTES,
     BlockEntry,
-    ExtentHeader,
+    ExtentLabel,
     checksum,
     encode_entry,
-    encode_header,
+    encode_label,
     entry_offset,
 )
 from cache.store.index import Index, IndexRow
@@ -56,16 +55,16 @@ def make_directory(path: Path, origin: Path, count: int) -> None:
             source.write_bytes(data)
         etag = asyncio.run(_etag(f"file://{source}")) if number < 10 else '"1"'
         object_id = ObjectId(f"file://{source}", etag, OBJECT_BYTES)
-        header = ExtentHeader(object_id, 0)
-        page = bytearray(encode_header(header))
+        label = ExtentLabel(object_id, 0)
+        page = bytearray(encode_label(label))
         entry = encode_entry(BlockEntry(checksum(data), OBJECT_BYTES), object_id.content_id, 0, 0)
         page[entry_offset(0) : entry_offset(0) + len(entry)] = entry
-        row = IndexRow(object_id, 0, number + 1, header.file_bytes)
+        row = IndexRow(object_id, 0, number + 1, label.file_bytes)
         file = directory.extent_path(row.extent, row.generation)
         file.parent.mkdir(exist_ok=True)
         fd = os.open(file, os.O_RDWR | os.O_CREAT, 0o600)
-        os.pwrite(fd, page, 0)
-        os.ftruncate(fd, HEADER_BYTES + OBJECT_BYTES)
+        os.ftruncate(fd, label.file_bytes)
+        os.pwrite(fd, page, label.payload_bytes)
         os.close(fd)
         rows.append(row)
     index = Index(directory.index_path)

@@ -60,7 +60,7 @@ class CapacityError(CacheError):
 
 
 class DiskError(CapacityError):
-    """The local disk refused. `kind`: full, inodes, quota, read-only, gone (the directory), io, slow or other."""
+    """The local disk refused. `kind`: full, inodes, quota, read-only, gone (the directory), lost (one file), io, slow or other."""
 
     def __init__(self, message: str, *, advice: str = "", url: str = "", kind: str = "other") -> None:
         super().__init__(message, advice=advice, url=url)

@@ -15,7 +15,7 @@ from cache.daemon.config import format_bytes
 from cache.errors import CacheError, CapacityError, DaemonUnavailable
 from cache.origin.ports import ObjectInfo
 from cache.residency.budget import INDEX_BYTES_PER_EXTENT
-from cache.store.format import HEADER_BYTES
+from cache.store.format import LABEL_BYTES
 
 PLAIN_PROGRESS_S = 5.0
 
@@ -129,7 +129,7 @@ def _look_again(cache: Cache, objects: list[ObjectInfo], result: PreloadResult) 
 
 def _check_room(objects: list[ObjectInfo], capacity_bytes: int) -> None:
     """Refuses what cannot fit as a whole: loading half of it, or evicting its own beginning, would be reported as success by nobody."""
-    overhead = HEADER_BYTES + INDEX_BYTES_PER_EXTENT
+    overhead = LABEL_BYTES + INDEX_BYTES_PER_EXTENT
     need = sum(info.size_bytes + num_extents(info.size_bytes) * overhead for info in objects)
     if need > capacity_bytes:
         raise CapacityError(

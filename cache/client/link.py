@@ -202,7 +202,7 @@ class Link:
         channel = Channel.connect(self._socket_path)
         hello = {"op": "hello", "version": wire.PROTOCOL_VERSION, "client_id": self.client_id, "pid": os.getpid()}
         try:
-            frame, fds = channel.request(hello, timeout_s=HELLO_TIMEOUT_S)
+            frame, fds = self._greet(channel, hello)
             daemon_id = str(frame.header.get("daemon_id", ""))
             if len(fds) != 1:
                 close_all(fds)
@@ -219,6 +219,17 @@ class Link:
         self._daemon_id = daemon_id
         self._channels.add(channel)
         return channel, fds[0], int(frame.header["num_words"])
+
+    def _greet(self, channel: Channel, hello: dict[str, Any]) -> tuple[wire.Frame, list[int]]:
+        """A daemon that will not have us (it is of another version, perhaps) is none for us: a reader goes on without."""
+        try:
+            return channel.request(hello, timeout_s=HELLO_TIMEOUT_S)
+        except DaemonUnavailable:
+            raise
+        except CacheError as error:
+            raise DaemonUnavailable(
+                f"the cache daemon at {self._socket_path} has refused this reader: {error.message} ({error.advice})"
+            ) from error
 
     def _drop(self, channel: Channel) -> None:
         channel.close()

@@ -16,7 +16,6 @@ from cache.client.link import OpenExtent
 from cache.client.mapping import MAX_OPEN_EXTENTS, Mapping
 from cache.errors import CacheError, CapacityError, CorruptBlock, DaemonUnavailable
 from cache.residency.slots import EVICTION_WORD
-from cache.store.format import HEADER_BYTES
 
 log = logging.getLogger("railhead.cache.client")
 
@@ -62,7 +61,7 @@ class CachedObject:
             extent = mapping.resident(offset, end)
             if extent is not None:
                 try:
-                    data = os.pread(extent.fd, length, HEADER_BYTES + offset % EXTENT_BYTES)
+                    data = os.pread(extent.fd, length, offset % EXTENT_BYTES)
                 except OSError:
                     data = b""  # The disk failed: the slow path says so and reads the origin.
                 if len(data) == length:
@@ -88,7 +87,7 @@ class CachedObject:
         """
         mapping = self._mapping
         end = offset + length
-        start = HEADER_BYTES + offset % EXTENT_BYTES
+        start = offset % EXTENT_BYTES
         is_within_one = 0 <= offset < end <= self.size and offset // EXTENT_BYTES == (end - 1) // EXTENT_BYTES
         if mapping is not None and is_within_one:
             extent = mapping.resident(offset, end)
@@ -192,7 +191,7 @@ class CachedObject:
             extent, cause = self._wait(offset, end)
             if extent is None:
                 self._read_direct(offset, part)
-            elif not _pread_all(extent.fd, part, HEADER_BYTES + offset % EXTENT_BYTES):
+            elif not _pread_all(extent.fd, part, offset % EXTENT_BYTES):
                 self._suspect(extent)
                 self._read_direct(offset, part)
             elif cause == "hit":

@@ -28,7 +28,7 @@ from cache.origin.plain_http import (
     transport_error,
 )
 from cache.store.files import write_entry, write_payload
-from cache.store.format import ExtentHeader
+from cache.store.format import ExtentLabel
 
 BUFFER_BYTES = 256 * 1024
 
@@ -38,9 +38,9 @@ _own = threading.local()
 class BlockFetch:
     """`length` bytes from slot `slot` on, of which `done` have come already; `crc`: of those of them that belong to an unfinished block.
 
-    Owns `fd`, an open extent file with this header."""
+    Owns `fd`, an open extent file with this label."""
 
-    def __init__(self, fd: int, header: ExtentHeader, slot: int, length: int, done: int = 0, crc: int = 0) -> None:
+    def __init__(self, fd: int, label: ExtentLabel, slot: int, length: int, done: int = 0, crc: int = 0) -> None:
         self.length = length
         self.done = done
         self.crc = crc
@@ -50,7 +50,7 @@ class BlockFetch:
         self.expected: list[int] | None = None
         """Checksums that the blocks must have (a peer's); None: what comes is what is believed (the origin's)."""
         self._fd = fd
-        self._header = header
+        self._label = label
         self._slot = slot
         self._lock = threading.Lock()
         self._connections: set[RangeConnection] = set()
@@ -79,7 +79,7 @@ class BlockFetch:
         if self.expected is not None and self.expected[idx] != self.crc:
             self.done, self.crc = idx * BLOCK_BYTES, 0
             raise CorruptBlock(f"block {idx} of the run is not what its checksum says")
-        write_entry(self._fd, self._header, self._slot + idx, self.crc, self.done - idx * BLOCK_BYTES)
+        write_entry(self._fd, self._label, self._slot + idx, self.crc, self.done - idx * BLOCK_BYTES)
         self.crc = 0
 
     def uses(self, connection: RangeConnection) -> None:

@@ -38,7 +38,7 @@ from cache.residency.slots import HEARTBEAT_WORD
 from cache.residency.state import Limits
 from cache.store.directory import CacheDirectory
 from cache.store.files import disk_space
-from cache.store.format import HEADER_BYTES
+from cache.store.format import LABEL_BYTES
 
 log = logging.getLogger("railhead.cache")
 
@@ -63,7 +63,7 @@ class Control:
         floor = Floor(config.keep_free.of(space.total_bytes), config.keep_free_files.of(space.total_files or 0))
         self.residency = Residency(
             Budget(config.capacity_bytes, config.max_files, keep_free=floor),
-            limits=Limits(config.max_in_flight, config.max_in_flight // 4, HEADER_BYTES, config.scrub_bytes_per_s),
+            limits=Limits(config.max_in_flight, config.max_in_flight // 4, LABEL_BYTES, config.scrub_bytes_per_s),
             rng=random.Random(),
             num_words=NUM_WORDS,
         )

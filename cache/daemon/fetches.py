@@ -21,8 +21,7 @@ from cache.daemon.peerauth import Ask
 from cache.errors import CacheError, CapacityError, CorruptBlock, DiskError, OriginUnavailable
 from cache.origin.plain_http import Connections, Head, NotPlain, PlainTarget
 from cache.origin.registry import origin_for
-from cache.store.files import disk_error
-from cache.store.format import TABLE_OFFSET, decode_identity
+from cache.store.files import disk_error, label_of
 
 MAX_READERS = 512
 """Threads, made when needed: each waits on one connection, with a buffer of 256 KiB."""
@@ -196,7 +195,7 @@ def _reader_ended(running: _Running, reading: asyncio.Future[float]) -> None:
 
 def _open_run(request: dict[str, Any]) -> BlockFetch:
     """Opened for each run (some 50 µs against the milliseconds of 4 MiB) and never kept: a file that is open here after its eviction would
-    take space that nobody counts. Raises DiskError; CapacityError when its header is damaged."""
+    take space that nobody counts. Raises DiskError, also for a file that no longer says whose it is."""
     path = request["path"]
     try:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
@@ -205,12 +204,12 @@ def _open_run(request: dict[str, Any]) -> BlockFetch:
     except OSError as error:
         raise disk_error(error, f"cannot use {path}") from error
     try:
-        header = decode_identity(os.pread(fd, TABLE_OFFSET, 0))
+        label = label_of(fd)
     except CorruptBlock as error:
         os.close(fd)
-        raise CapacityError(f"{path} cannot be used: {error}") from error
+        raise DiskError(f"{path} is damaged: {error}", kind="lost") from error
     except OSError as error:
         os.close(fd)
         raise disk_error(error, f"cannot use {path}") from error
     length = request["end"] - request["start"]
-    return BlockFetch(fd, header, request["slot"], length, int(request.get("done", 0)), int(request.get("crc", 0)))
+    return BlockFetch(fd, label, request["slot"], length, int(request.get("done", 0)), int(request.get("crc", 0)))

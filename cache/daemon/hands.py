@@ -27,7 +27,7 @@ from cache.residency.peerhealth import OUT_OF_USE
 from cache.residency.retry import RetryPolicy
 from cache.store.directory import CacheDirectory
 from cache.store.files import DiskSpace, create_extent, disk_space, probe_disk, slow_disk_error
-from cache.store.format import ExtentHeader
+from cache.store.format import ExtentLabel
 from cache.store.holding import held_bytes, remove_if_let_go, retire_extent
 from cache.store.index import Index, IndexRow, index_errors
 
@@ -220,10 +220,10 @@ class Hands:
 
     def _create_on_disk(self, action: m.CreateExtent) -> None:
         assert self._index is not None
-        header = ExtentHeader(action.object_id, action.extent_idx)
-        create_extent(self.directory, header, action.generation)
+        label = ExtentLabel(action.object_id, action.extent_idx)
+        create_extent(self.directory, label, action.generation)
         with index_errors():
-            self._index.add([IndexRow(action.object_id, action.extent_idx, action.generation, header.file_bytes)])
+            self._index.add([IndexRow(action.object_id, action.extent_idx, action.generation, label.file_bytes)])
 
     def remove(self, action: m.RemoveExtent) -> Coroutine[Any, Any, None]:
         """As `create`."""

@@ -46,7 +46,7 @@ COUNTERS = {
     "evicted_extents": "Extents evicted",
     "evicted_bytes": "Bytes evicted",
     "scrubbed_blocks": "Blocks read back by scrubbing",
-    "lost_extents": "Extent files that somebody removed under the daemon",
+    "lost_extents": "Extent files that somebody removed, cut or damaged under the daemon",
     "refused_for_room": "Reads sent to the origin because no room could be made",
 }
 READERS = {

@@ -27,7 +27,7 @@ from cache.blocks import BLOCK_BYTES, ObjectId, num_blocks, run_span
 from cache.daemon.peerauth import Ask, check_authorization, proof
 from cache.errors import CacheError
 from cache.origin.plain_http import NotPlain
-from cache.store.format import HEADER_BYTES, decode_entry
+from cache.store.format import LABEL_BYTES, decode_entry
 
 log = logging.getLogger("railhead.cache.peers")
 
@@ -190,7 +190,7 @@ class PeerServer:
                 _send(sock, 206, headers, None, length=end - start)
                 # Plain sockets: from the page cache to the network, without a look at the bytes.
                 with os.fdopen(os.dup(fd), "rb") as file:
-                    sent = sock.sendfile(file, HEADER_BYTES + slot * BLOCK_BYTES, end - start)
+                    sent = sock.sendfile(file, slot * BLOCK_BYTES, end - start)
                 sock.settimeout(IDLE_S)
                 return sent == end - start
             finally:
@@ -268,10 +268,10 @@ def _send(sock: socket.socket, status: int, headers: dict[str, str], body: bytes
 
 def _checksums(fd: int, content_id: str, extent_idx: int, slot: int, length: int) -> str:
     """Of each block, as they were computed when it came from the origin. Raises Refusal when the file says that it is not there."""
-    page = os.pread(fd, HEADER_BYTES, 0)
+    page = os.pread(fd, LABEL_BYTES, max(0, os.fstat(fd).st_size - LABEL_BYTES))
     found = []
     for idx in range(-(-length // BLOCK_BYTES)):
-        entry = decode_entry(page, content_id, extent_idx, slot + idx) if len(page) == HEADER_BYTES else None
+        entry = decode_entry(page, content_id, extent_idx, slot + idx) if len(page) == LABEL_BYTES else None
         if entry is None or entry.length != min(BLOCK_BYTES, length - idx * BLOCK_BYTES):
             raise Refusal(503, "a block is not there any more")
         found.append(f"{entry.crc:08x}")

@@ -34,10 +34,10 @@ from cache.daemon import wire
 from cache.daemon.fetches import Fetches, Peering
 from cache.daemon.peerserver import PeerServer
 from cache.daemon.peertls import client_context, server_context
-from cache.errors import CacheError, CapacityError, CorruptBlock, DiskError, OriginUnavailable, from_wire
+from cache.errors import CacheError, CorruptBlock, DiskError, OriginUnavailable, from_wire
 from cache.origin.registry import close_origins, origin_for
-from cache.store.files import disk_error, read_header, sound_blocks
-from cache.store.format import TABLE_OFFSET, ExtentHeader, decode_identity
+from cache.store.files import disk_error, label_of, read_label, sound_blocks
+from cache.store.format import ExtentLabel
 
 if TYPE_CHECKING:
     from cache.origin.ports import ObjectInfo
@@ -46,8 +46,8 @@ READ_BYTES = 256 * 1024
 
 
 @contextlib.contextmanager
-def _opened(path: str) -> Iterator[tuple[int, ExtentHeader]]:
-    """An extent file, open for reading and writing, and its header. Raises DiskError; CapacityError when its header is damaged.
+def _opened(path: str) -> Iterator[tuple[int, ExtentLabel]]:
+    """An extent file, open for reading and writing, and its label. Raises DiskError, also for a file that no longer says whose it is.
 
     Opened for each fetch (some 50 µs against the milliseconds of 4 MiB) and never kept: a file that is open here after its eviction
     would take space that nobody counts.
@@ -55,7 +55,7 @@ def _opened(path: str) -> Iterator[tuple[int, ExtentHeader]]:
     try:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         try:
-            yield fd, decode_identity(os.pread(fd, TABLE_OFFSET, 0))
+            yield fd, label_of(fd)
         finally:
             os.close(fd)
     except FileNotFoundError as error:
@@ -63,7 +63,7 @@ def _opened(path: str) -> Iterator[tuple[int, ExtentHeader]]:
     except OSError as error:
         raise disk_error(error, f"cannot use {path}") from error
     except CorruptBlock as error:
-        raise CapacityError(f"{path} cannot be used: {error}") from error
+        raise DiskError(f"{path} is damaged: {error}", kind="lost") from error
 
 
 def _info_to_wire(info: ObjectInfo) -> dict[str, Any]:
@@ -165,13 +165,13 @@ class Worker:
     async def _op_check(self, request: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
         started = time.monotonic()
         slot, length, from_device = request["slot"], request["length"], request["from_device"]
-        with _opened(request["path"]) as (fd, header):
-            sound = sound_blocks(fd, header, slot, length, from_device=from_device)
+        with _opened(request["path"]) as (fd, label):
+            sound = sound_blocks(fd, label, slot, length, from_device=from_device)
         return {"sound": sound, "read_s": time.monotonic() - started}, b""
 
     async def _op_table(self, request: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
-        header, present = read_header(Path(request["path"]))
-        identity = {"content_id": header.object_id.content_id, "extent_idx": header.extent_idx}
+        label, present = read_label(Path(request["path"]))
+        identity = {"content_id": label.object_id.content_id, "extent_idx": label.extent_idx}
         return {"present": sorted(present), **identity}, b""
 
     async def _get(self, request: dict[str, Any]) -> memoryview:

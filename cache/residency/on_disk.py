@@ -285,11 +285,14 @@ def _is_lost(error: CacheError) -> bool:
 
 
 def _lost(s: State, extent: Extent, keys: list[BlockKey]) -> None:
-    """Somebody removed its file: made anew for who waits, if nothing else refers to the old one; else who waits is told, and the next
-    request finds it lost again."""
+    """Somebody removed its file, or cut or damaged it beyond use: made anew for who waits, if nothing else refers to the old one; else who
+    waits is told, and the next request finds it lost again."""
     if extent.num_busy or extent.num_waiters > s.waiting.count_for(extent.key):
         for key in keys:
-            s.fail(key, DiskError(f"the file of an extent of {extent.owner.object_id.url} was removed", kind="lost"))
+            s.fail(
+                key,
+                DiskError(f"the file of an extent of {extent.owner.object_id.url} was removed or damaged", kind="lost"),
+            )
         return
     wanted = [k for k in ((extent.key.content_id, b) for b in extent.block_indices) if s.waiting.is_wanted(k)]
     s.counters.lost_extents += 1

@@ -35,7 +35,7 @@ class Limits:
 
     max_in_flight: int = 32
     demand_reserve: int = 8
-    header_bytes: int = 8192
+    label_bytes: int = 8192
     scrub_bytes_per_s: int = 0
     full_look: int = 512
 
@@ -248,7 +248,7 @@ class State:
     def size_of(self, content_id: str, extent_idx: int) -> int:
         """What an extent takes of the budget."""
         start, end = extent_span(self.residents.objects[content_id].object_id.size_bytes, extent_idx)
-        return self.limits.header_bytes + end - start + INDEX_BYTES_PER_EXTENT
+        return self.limits.label_bytes + end - start + INDEX_BYTES_PER_EXTENT
 
     def next_use(self, key: BlockKey) -> float:
         return self.next_use_of(ExtentId(key[0], extent_of(key[1])))

@@ -15,46 +15,45 @@ from cache.errors import CapacityError, CorruptBlock, DiskError
 from cache.store.directory import CacheDirectory, parse_extent_name
 from cache.store.format import (
     ENTRY_BYTES,
-    HEADER_BYTES,
+    LABEL_BYTES,
     TABLE_OFFSET,
     BlockEntry,
-    ExtentHeader,
+    ExtentLabel,
     checksum,
     decode_entry,
-    decode_header,
     decode_identity,
+    decode_label,
     encode_entry,
-    encode_header,
-    entry_offset,
+    encode_label,
 )
 
 
-def create_extent(directory: CacheDirectory, header: ExtentHeader, generation: int) -> None:
+def create_extent(directory: CacheDirectory, label: ExtentLabel, generation: int) -> None:
     """Makes the file of an extent, with all its space reserved and no block in it.
 
     The space is reserved before anything is fetched, so a full disk is met here. Raises DiskError (disk full, read-only, dying);
-    CapacityError when the url is too long for a header.
+    CapacityError when the url is too long for a label.
     """
-    extent = ExtentId(header.object_id.content_id, header.extent_idx)
+    extent = ExtentId(label.object_id.content_id, label.extent_idx)
     path = directory.extent_path(extent, generation)
     temporary = path.with_suffix(f".{generation}.tmp")
     try:
         path.parent.mkdir(mode=0o700, exist_ok=True)
         fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
-            os.posix_fallocate(fd, 0, header.file_bytes)
-            os.pwrite(fd, encode_header(header), 0)
+            os.posix_fallocate(fd, 0, label.file_bytes)
+            os.pwrite(fd, encode_label(label), label.payload_bytes)
         finally:
             os.close(fd)
         temporary.rename(path)
     except ValueError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise CapacityError(f"{header.object_id.url} cannot be kept: {error}") from error
+        raise CapacityError(f"{label.object_id.url} cannot be kept: {error}") from error
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        what = f"cannot make a file of {header.file_bytes} bytes in {directory.path}"
+        what = f"cannot make a file of {label.file_bytes} bytes in {directory.path}"
         raise disk_error(error, what, directory.path) from error
 
 
@@ -149,30 +148,30 @@ def probe_disk(directory: CacheDirectory) -> None:
         raise disk_error(error, f"the probe of the disk in {directory.path} failed", directory.path) from error
 
 
-def write_blocks(fd: int, header: ExtentHeader, slot: int, data: memoryview) -> None:
+def write_blocks(fd: int, label: ExtentLabel, slot: int, data: memoryview) -> None:
     """Writes the payload of neighbouring blocks, the first of them the extent's number `slot`, and then their table entries.
 
     Raises DiskError.
     """
-    content_id, extent_idx = header.object_id.content_id, header.extent_idx
+    content_id, extent_idx = label.object_id.content_id, label.extent_idx
     entries = b""
     for start in range(0, len(data), BLOCK_BYTES):
         block = data[start : start + BLOCK_BYTES]
         entry = BlockEntry(checksum(block), len(block))
         entries += encode_entry(entry, content_id, extent_idx, slot + start // BLOCK_BYTES)
     write_payload(fd, slot * BLOCK_BYTES, data)
-    _write(fd, entry_offset(slot), memoryview(entries))
+    _write(fd, label.entry_at(slot), memoryview(entries))
 
 
 def write_payload(fd: int, offset: int, data: memoryview) -> None:
     """Bytes at `offset` of the extent's payload; they belong to a block once its entry is written. Raises CapacityError."""
-    _write(fd, HEADER_BYTES + offset, data)
+    _write(fd, offset, data)
 
 
-def write_entry(fd: int, header: ExtentHeader, slot: int, crc: int, length: int) -> None:
+def write_entry(fd: int, label: ExtentLabel, slot: int, crc: int, length: int) -> None:
     """The table entry of a block whose payload is written: from now on a restart finds it. Raises CapacityError."""
-    entry = encode_entry(BlockEntry(crc, length), header.object_id.content_id, header.extent_idx, slot)
-    _write(fd, entry_offset(slot), memoryview(entry))
+    entry = encode_entry(BlockEntry(crc, length), label.object_id.content_id, label.extent_idx, slot)
+    _write(fd, label.entry_at(slot), memoryview(entry))
 
 
 def _write(fd: int, at: int, data: memoryview) -> None:
@@ -184,29 +183,29 @@ def _write(fd: int, at: int, data: memoryview) -> None:
         raise disk_error(error, f"cannot write {len(data)} bytes to the cache") from error
 
 
-def sound_blocks(fd: int, header: ExtentHeader, slot: int, length: int, *, from_device: bool = False) -> list[bool]:
+def sound_blocks(fd: int, label: ExtentLabel, slot: int, length: int, *, from_device: bool = False) -> list[bool]:
     """Reads neighbouring blocks (`length` bytes, the first of them number `slot`) back and compares each with its table entry; clears the
     entries of those that differ. `from_device`: past the page cache, where the file system can do that: what readers are served from
     memory may have rotted on the disk meanwhile. Raises DiskError when the disk cannot read them (their entries are cleared, too)."""
-    content_id, extent_idx = header.object_id.content_id, header.extent_idx
+    content_id, extent_idx = label.object_id.content_id, label.extent_idx
     num_blocks = -(-length // BLOCK_BYTES)
     failure: OSError | None = None
     try:
-        page = os.pread(fd, HEADER_BYTES, 0)
-        data = memoryview(_read_run(fd, HEADER_BYTES + slot * BLOCK_BYTES, length, from_device))
+        page = os.pread(fd, LABEL_BYTES, label.payload_bytes)
+        data = memoryview(_read_run(fd, slot * BLOCK_BYTES, length, from_device))
     except OSError as error:
         failure, page, data = error, b"", memoryview(b"")
     sound = []
     for idx in range(num_blocks):
-        entry = decode_entry(page, content_id, extent_idx, slot + idx) if len(page) == HEADER_BYTES else None
+        entry = decode_entry(page, content_id, extent_idx, slot + idx) if len(page) == LABEL_BYTES else None
         block = data[idx * BLOCK_BYTES : (idx + 1) * BLOCK_BYTES]
         is_whole = entry is not None and entry.length == min(BLOCK_BYTES, length - idx * BLOCK_BYTES) == len(block)
         sound.append(is_whole and entry is not None and checksum(block) == entry.crc)
         if not sound[-1]:
             with contextlib.suppress(OSError):
-                os.pwrite(fd, bytes(ENTRY_BYTES), entry_offset(slot + idx))
+                os.pwrite(fd, bytes(ENTRY_BYTES), label.entry_at(slot + idx))
     if failure is not None:
-        raise disk_error(failure, f"cannot read blocks of {header.object_id.url} back") from failure
+        raise disk_error(failure, f"cannot read blocks of {label.object_id.url} back") from failure
     return sound
 
 
@@ -241,28 +240,40 @@ def _read_past_the_page_cache(fd: int, offset: int, length: int) -> memoryview:
     return memoryview(buffer)[:length]
 
 
-def read_header(path: Path) -> tuple[ExtentHeader, frozenset[int]]:
+def read_label(path: Path) -> tuple[ExtentLabel, frozenset[int]]:
     """Header and the slots whose blocks the file claims to hold. Raises CorruptBlock (also for a file that cannot be read)."""
     try:
-        with path.open("rb") as file:
-            page = file.read(HEADER_BYTES)
+        with path.open("rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
+            page = os.pread(file.fileno(), LABEL_BYTES, max(0, size - LABEL_BYTES))
     except OSError as error:
         raise CorruptBlock(f"cannot read {path}: {error.strerror}") from error
-    header, entries = decode_header(page)
-    if size != header.file_bytes:
-        raise CorruptBlock(f"{path} has {size} bytes instead of {header.file_bytes}")
-    return header, frozenset(slot for slot, entry in enumerate(entries) if entry is not None)
+    label, entries = decode_label(page)
+    _check_size(label, size)
+    return label, frozenset(slot for slot, entry in enumerate(entries) if entry is not None)
 
 
-def read_identity(path: Path) -> ExtentHeader:
+def read_identity(path: Path) -> ExtentLabel:
     """What a file says of itself, without its table: 15 µs instead of 800. Raises CorruptBlock (also for a file that cannot be read)."""
     try:
         with path.open("rb", buffering=0) as file:
-            page = file.read(TABLE_OFFSET)
+            return label_of(file.fileno())
     except OSError as error:
         raise CorruptBlock(f"cannot read {path}: {error.strerror}") from error
-    return decode_identity(page or b"")
+
+
+def label_of(fd: int) -> ExtentLabel:
+    """What an open file says of itself, without its table. Raises CorruptBlock, also for one that was cut; OSError."""
+    size = os.fstat(fd).st_size
+    label = decode_identity(os.pread(fd, TABLE_OFFSET, max(0, size - LABEL_BYTES)))
+    _check_size(label, size)
+    return label
+
+
+def _check_size(label: ExtentLabel, size: int) -> None:
+    """A cut file whose payload ends in what looks like a label (an object that is itself an extent file) is not believed either."""
+    if size != label.file_bytes:
+        raise CorruptBlock(f"the extent file has {size} bytes instead of {label.file_bytes}")
 
 
 def extent_files(directory: CacheDirectory) -> Iterator[str]:

@@ -1,12 +1,14 @@
-"""The format of an extent file: two header pages, then the payload. Pure: bytes in, values out.
+"""The format of an extent file: the payload, then two pages of label. Pure: bytes in, values out.
 
-Why pages of our own in front: the disk is distrusted. A file says of itself which object generation and which bytes it holds and what
-their checksums are, so a file in the wrong place, a torn write or a rotten sector is found, and the index can be rebuilt from files alone.
+Why pages of our own: the disk is distrusted. A file says of itself which object generation and which bytes it holds and what their
+checksums are, so a file in the wrong place, a torn write or a rotten sector is found, and the index can be rebuilt from files alone.
+Why behind the payload: a block that begins where a large page of the page cache begins is written and read for a third less
+(decisions/0084).
 
-    offset 0      magic, version, length and CRC-32C of the identity
-    offset 32     identity: JSON (content id, url, etag, sizes, extent index)
-    offset 4096   block table: 256 entries of 16 bytes, each guarded by a check of its own; all zero means absent
-    offset 8192   payload: the bytes of the extent, at their offset within the extent
+    offset 0             payload: the bytes of the extent, at their offset within the extent
+    the last 8192 bytes  label: magic, version, length and CRC-32C of the identity
+        at 32            identity: JSON (content id, url, etag, sizes, extent index)
+        at 4096          block table: 256 entries of 16 bytes, each guarded by a check of its own; all zero means absent
 
 A block's entry is written after its payload. Neither is synced: after a power cut an entry may have outlived its payload, which is why
 nothing found on disk is served before its checksum has been verified.
@@ -23,9 +25,10 @@ import crc32c
 from cache.blocks import BLOCKS_PER_EXTENT, ObjectId, extent_span, num_extents
 from cache.errors import CorruptBlock
 
-FORMAT_VERSION = 2
-HEADER_BYTES = 8192
+FORMAT_VERSION = 3
+LABEL_BYTES = 8192
 TABLE_OFFSET = 4096
+"""Where in the label the block table begins."""
 ENTRY_BYTES = 16
 
 _MAGIC = b"RAILHEAD"
@@ -45,7 +48,7 @@ def checksum(data: bytes | bytearray | memoryview) -> int:
 
 
 @dataclass(frozen=True)
-class ExtentHeader:
+class ExtentLabel:
     """What an extent file says of itself."""
 
     object_id: ObjectId
@@ -58,7 +61,11 @@ class ExtentHeader:
 
     @property
     def file_bytes(self) -> int:
-        return HEADER_BYTES + self.payload_bytes
+        return self.payload_bytes + LABEL_BYTES
+
+    def entry_at(self, slot: int) -> int:
+        """Where in the file the entry of the extent's block number `slot` lies."""
+        return self.payload_bytes + entry_offset(slot)
 
 
 @dataclass(frozen=True)
@@ -69,41 +76,41 @@ class BlockEntry:
     length: int
 
 
-def encode_header(header: ExtentHeader) -> bytes:
-    """The header pages of a new file, with an empty block table."""
-    object_id = header.object_id
+def encode_label(label: ExtentLabel) -> bytes:
+    """The label of a new file, with an empty block table."""
+    object_id = label.object_id
     identity = {
         "content_id": object_id.content_id,
         "etag": object_id.etag,
-        "extent_idx": header.extent_idx,
+        "extent_idx": label.extent_idx,
         "size_bytes": object_id.size_bytes,
         "url": object_id.url,
     }
     text = json.dumps(identity, sort_keys=True, ensure_ascii=False).encode()
     if len(text) > _MAX_IDENTITY_BYTES:
-        raise ValueError(f"url and etag of {len(text)} bytes are too long for an extent header ({_MAX_IDENTITY_BYTES})")
-    page = bytearray(HEADER_BYTES)
+        raise ValueError(f"url and etag of {len(text)} bytes are too long for an extent label ({_MAX_IDENTITY_BYTES})")
+    page = bytearray(LABEL_BYTES)
     _PREFIX.pack_into(page, 0, _MAGIC, FORMAT_VERSION, len(text), checksum(text))
     page[_PREFIX.size : _PREFIX.size + len(text)] = text
     return bytes(page)
 
 
-def decode_header(page: bytes) -> tuple[ExtentHeader, list[BlockEntry | None]]:
+def decode_label(page: bytes) -> tuple[ExtentLabel, list[BlockEntry | None]]:
     """Header and block table of a file; entries that do not pass their own check read as absent.
 
-    Raises CorruptBlock when the page is not a sound header of this format's version.
+    Raises CorruptBlock when the page is not a sound label of this format's version.
     """
-    if len(page) < HEADER_BYTES:
-        raise CorruptBlock(f"extent header of {len(page)} bytes instead of {HEADER_BYTES}")
-    header = decode_identity(page)
-    content_id, extent_idx = header.object_id.content_id, header.extent_idx
-    return header, [decode_entry(page, content_id, extent_idx, slot) for slot in range(BLOCKS_PER_EXTENT)]
+    if len(page) < LABEL_BYTES:
+        raise CorruptBlock(f"extent label of {len(page)} bytes instead of {LABEL_BYTES}")
+    label = decode_identity(page)
+    content_id, extent_idx = label.object_id.content_id, label.extent_idx
+    return label, [decode_entry(page, content_id, extent_idx, slot) for slot in range(BLOCKS_PER_EXTENT)]
 
 
-def decode_identity(page: bytes) -> ExtentHeader:
-    """What a file says of itself, from its first TABLE_OFFSET bytes. Raises CorruptBlock as decode_header does."""
+def decode_identity(page: bytes) -> ExtentLabel:
+    """What a file says of itself, from the first TABLE_OFFSET bytes of its label. Raises CorruptBlock as decode_label does."""
     if len(page) < TABLE_OFFSET:
-        raise CorruptBlock(f"extent header of {len(page)} bytes instead of {HEADER_BYTES}")
+        raise CorruptBlock(f"extent label of {len(page)} bytes instead of {LABEL_BYTES}")
     magic, version, length, crc = _PREFIX.unpack_from(page)
     if magic != _MAGIC:
         raise CorruptBlock(f"not an extent file: it starts with {magic!r}")
@@ -111,17 +118,17 @@ def decode_identity(page: bytes) -> ExtentHeader:
         raise CorruptBlock(f"extent file of format {version}; this is {FORMAT_VERSION}")
     text = page[_PREFIX.size : _PREFIX.size + min(length, _MAX_IDENTITY_BYTES)]
     if len(text) != length or checksum(text) != crc:
-        raise CorruptBlock("extent header does not match its checksum")
+        raise CorruptBlock("extent label does not match its checksum")
     identity = json.loads(text)
     object_id = ObjectId(identity["url"], identity["etag"], identity["size_bytes"])
-    header = ExtentHeader(object_id, identity["extent_idx"])
-    if object_id.content_id != identity["content_id"] or not 0 <= header.extent_idx < num_extents(object_id.size_bytes):
-        raise CorruptBlock(f"extent header contradicts itself: {identity}")
-    return header
+    label = ExtentLabel(object_id, identity["extent_idx"])
+    if object_id.content_id != identity["content_id"] or not 0 <= label.extent_idx < num_extents(object_id.size_bytes):
+        raise CorruptBlock(f"extent label contradicts itself: {identity}")
+    return label
 
 
 def entry_offset(slot: int) -> int:
-    """Where in the file the entry of the extent's block number `slot` lies."""
+    """Where in the label the entry of the extent's block number `slot` lies."""
     if not 0 <= slot < BLOCKS_PER_EXTENT:
         raise IndexError(slot)
     return TABLE_OFFSET + slot * ENTRY_BYTES

@@ -1,6 +1,6 @@
 """The index: which extent files there are and what they belong to. SQLite in WAL mode; one thread uses it.
 
-It saves reading a header per file at the start; it is never the only copy of anything: files describe themselves (store/format.py), so
+It saves reading a label per file at the start; it is never the only copy of anything: files describe themselves (store/format.py), so
 an index that is lost or damaged is made again from them.
 """
 

@@ -18,7 +18,7 @@ from cache.blocks import ExtentId, ObjectId, num_extents
 from cache.errors import CorruptBlock
 from cache.store.directory import CacheDirectory, parse_extent_name, split_extent_name
 from cache.store.files import extent_files, read_identity
-from cache.store.format import ExtentHeader
+from cache.store.format import ExtentLabel
 from cache.store.holding import HELD_SUFFIX, held_bytes, remove_if_let_go, retire_extent
 from cache.store.index import Index, IndexRow, index_errors
 
@@ -127,7 +127,7 @@ def fits(object_id: ObjectId, file: FoundFile) -> bool:
     """Whether a file can be what its name says, if its object is this one."""
     if not 0 <= file.extent_idx < num_extents(object_id.size_bytes):
         return False
-    return ExtentHeader(object_id, file.extent_idx).file_bytes == file.file_bytes
+    return ExtentLabel(object_id, file.extent_idx).file_bytes == file.file_bytes
 
 
 def identify(
@@ -138,17 +138,17 @@ def identify(
     with index_errors():
         known = index.objects([content_id for content_id, _ in wanted])
     return [
-        (content_id, known.get(content_id) or _by_header(directory, content_id, files)) for content_id, files in wanted
+        (content_id, known.get(content_id) or _by_label(directory, content_id, files)) for content_id, files in wanted
     ]
 
 
-def _by_header(directory: CacheDirectory, content_id: str, files: list[FoundFile]) -> ObjectId | None:
+def _by_label(directory: CacheDirectory, content_id: str, files: list[FoundFile]) -> ObjectId | None:
     for file in files:
         path = directory.extent_path(ExtentId(content_id, file.extent_idx), file.generation)
         with contextlib.suppress(CorruptBlock):
-            header = read_identity(path)
-            if (header.object_id.content_id, header.extent_idx) == (content_id, file.extent_idx):
-                return header.object_id
+            label = read_identity(path)
+            if (label.object_id.content_id, label.extent_idx) == (content_id, file.extent_idx):
+                return label.object_id
     return None
 
 

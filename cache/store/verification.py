@@ -15,8 +15,8 @@ from pathlib import Path
 from cache.blocks import BLOCK_BYTES, BLOCKS_PER_FETCH, ExtentId
 from cache.errors import CorruptBlock, DiskError
 from cache.store.directory import CacheDirectory, parse_extent_name
-from cache.store.files import read_header, sound_blocks
-from cache.store.format import ENTRY_BYTES, ExtentHeader, decode_entry, entry_offset
+from cache.store.files import read_label, sound_blocks
+from cache.store.format import ENTRY_BYTES, ExtentLabel, decode_entry, entry_offset
 
 
 @dataclass(frozen=True)
@@ -60,61 +60,61 @@ def verify_file(file: ExtentFile, is_meant: Callable[[str], bool], *, repair: bo
     """Reads every block of a file back, past the page cache; None when `is_meant(url)` is false. `repair`: bad blocks are discarded, and a
     file that cannot say what it is is removed. A file that cannot be read is the disk's word, and as bad as one with other bytes."""
     try:
-        header, _ = read_header(file.path)
-        if ExtentId(header.object_id.content_id, header.extent_idx) != file.extent:
-            raise CorruptBlock(f"it says that it is {header.object_id.url}, extent {header.extent_idx}")
+        label, _ = read_label(file.path)
+        if ExtentId(label.object_id.content_id, label.extent_idx) != file.extent:
+            raise CorruptBlock(f"it says that it is {label.object_id.url}, extent {label.extent_idx}")
     except CorruptBlock as error:
         if repair:
             with contextlib.suppress(OSError):
                 file.path.unlink()
         return Verdict("", file.extent.extent_idx, file.path, problem=error.message)
-    url = header.object_id.url
+    url = label.object_id.url
     if not is_meant(url):
         return None
     try:
         fd = os.open(file.path, (os.O_RDWR if repair else os.O_RDONLY) | os.O_CLOEXEC)
     except OSError as error:
-        return Verdict(url, header.extent_idx, file.path, problem=f"cannot be opened: {error.strerror}")
+        return Verdict(url, label.extent_idx, file.path, problem=f"cannot be opened: {error.strerror}")
     try:
-        sound, num_rotten = _verify_blocks(fd, header, repair)
+        sound, num_rotten = _verify_blocks(fd, label, repair)
     finally:
         os.close(fd)
-    return Verdict(url, header.extent_idx, file.path, sound, num_rotten)
+    return Verdict(url, label.extent_idx, file.path, sound, num_rotten)
 
 
-def _verify_blocks(fd: int, header: ExtentHeader, repair: bool) -> tuple[int, int]:
+def _verify_blocks(fd: int, label: ExtentLabel, repair: bool) -> tuple[int, int]:
     """Bytes that are sound, and how many blocks are not."""
-    present, num_rotten = _table(fd, header, repair)
+    present, num_rotten = _table(fd, label, repair)
     sound_bytes = 0
     for run in _runs(present):
-        end = min(run.stop * BLOCK_BYTES, header.payload_bytes)
+        end = min(run.stop * BLOCK_BYTES, label.payload_bytes)
         length = end - run.start * BLOCK_BYTES
         try:
             answers = sound_blocks(
-                fd, header, run.start, length, from_device=True
+                fd, label, run.start, length, from_device=True
             )  # a descriptor that may only read discards nothing
         except DiskError:
             num_rotten += len(run)
             continue
         for slot, is_sound in zip(run, answers, strict=True):
             num_rotten += not is_sound
-            sound_bytes += is_sound * (min((slot + 1) * BLOCK_BYTES, header.payload_bytes) - slot * BLOCK_BYTES)
+            sound_bytes += is_sound * (min((slot + 1) * BLOCK_BYTES, label.payload_bytes) - slot * BLOCK_BYTES)
     return sound_bytes, num_rotten
 
 
-def _table(fd: int, header: ExtentHeader, repair: bool) -> tuple[list[int], int]:
+def _table(fd: int, label: ExtentLabel, repair: bool) -> tuple[list[int], int]:
     """The slots whose blocks the table claims, and how many of its entries are neither sound nor empty."""
-    num_slots = -(-header.payload_bytes // BLOCK_BYTES)
-    page = os.pread(fd, entry_offset(num_slots - 1) + ENTRY_BYTES, 0)
+    num_slots = -(-label.payload_bytes // BLOCK_BYTES)
+    page = os.pread(fd, entry_offset(num_slots - 1) + ENTRY_BYTES, label.payload_bytes)
     present, num_torn = [], 0
     for slot in range(num_slots):
         at = entry_offset(slot)
-        if decode_entry(page, header.object_id.content_id, header.extent_idx, slot) is not None:
+        if decode_entry(page, label.object_id.content_id, label.extent_idx, slot) is not None:
             present.append(slot)
         elif any(page[at : at + ENTRY_BYTES]):
             num_torn += 1
             if repair:
-                os.pwrite(fd, bytes(ENTRY_BYTES), at)
+                os.pwrite(fd, bytes(ENTRY_BYTES), label.entry_at(slot))
     return present, num_torn
 
 

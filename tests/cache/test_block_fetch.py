@@ -18,8 +18,8 @@ from cache.daemon import blockfetch
 from cache.daemon.fetches import Fetches
 from cache.errors import OriginThrottled, OriginUnavailable, from_wire
 from cache.store.directory import CacheDirectory
-from cache.store.files import create_extent, read_header, write_payload
-from cache.store.format import HEADER_BYTES, ExtentHeader
+from cache.store.files import create_extent, read_label, write_payload
+from cache.store.format import LABEL_BYTES, ExtentLabel
 from tests.counting_origin import CountingOrigin, Fault, random_bytes
 from tests.daemon import wait_until
 
@@ -37,7 +37,7 @@ class File:
         assert isinstance(directory, CacheDirectory)
         self.directory = directory
         object_id = ObjectId(url, origin.etags["o"], len(data))
-        create_extent(directory, ExtentHeader(object_id, 0), 1)
+        create_extent(directory, ExtentLabel(object_id, 0), 1)
         self.path = directory.extent_path(ExtentId(object_id.content_id, 0), 1)
         self.request: dict[str, Any] = {
             "url": url,
@@ -51,7 +51,7 @@ class File:
         }
 
     def payload(self) -> bytes:
-        return self.path.read_bytes()[HEADER_BYTES:]
+        return self.path.read_bytes()[:-LABEL_BYTES]
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def test_a_run_is_in_its_file_with_the_checksum_of_each_block(file: File, counti
     answer = _fetch(file.request)
     assert answer["first_byte_s"] <= answer["seconds"]
     assert file.payload() == file.data
-    _, present = read_header(file.path)
+    _, present = read_label(file.path)
     assert present == ALL
     assert counting_origin.asked == [("o", 0, len(file.data))]
 
@@ -105,11 +105,11 @@ def test_a_cut_body_goes_on_from_the_last_byte(file: File, counting_origin: Coun
     assert isinstance(from_wire(first["failed"]), OriginUnavailable)
     done = first["done"]
     assert BLOCK_BYTES <= done <= BLOCK_BYTES + 177_777
-    assert read_header(file.path)[1] == {0}
+    assert read_label(file.path)[1] == {0}
     assert first["crc"] == crc32c.crc32c(file.data[BLOCK_BYTES:done])
     _fetch({**file.request, "done": done, "crc": first["crc"]})
     assert file.payload() == file.data
-    assert read_header(file.path)[1] == ALL
+    assert read_label(file.path)[1] == ALL
     assert counting_origin.asked[1] == ("o", done, len(file.data))
 
 
@@ -137,7 +137,7 @@ def test_a_late_run_gets_a_second_reader_which_asks_for_the_rest_only(
     async def run() -> dict[str, Any]:
         fetches = Fetches()
         fetching = asyncio.create_task(fetches.fetch(file.request))
-        await asyncio.to_thread(wait_until, lambda: read_header(file.path)[1] == {0}, "the first block is there")
+        await asyncio.to_thread(wait_until, lambda: read_label(file.path)[1] == {0}, "the first block is there")
         assert fetches.hedge(1)
         answer = await fetching
         assert not fetches.hedge(1), "what is over needs no help"
@@ -154,8 +154,8 @@ def test_two_readers_of_one_run_write_each_byte_once(file: File, counting_origin
     """Whoever is behind has nothing to say; whoever is ahead does not leave a hole."""
     from cache.daemon.blockfetch import BlockFetch
 
-    header, _ = read_header(file.path)
-    run = BlockFetch(os.open(file.path, os.O_RDWR), header, 0, len(file.data))
+    label, _ = read_label(file.path)
+    run = BlockFetch(os.open(file.path, os.O_RDWR), label, 0, len(file.data))
     data = memoryview(file.data)
 
     def reader(step: int) -> None:
@@ -171,7 +171,7 @@ def test_two_readers_of_one_run_write_each_byte_once(file: File, counting_origin
     run.close()
     assert run.done == len(file.data)
     assert file.payload() == file.data
-    assert read_header(file.path)[1] == ALL
+    assert read_label(file.path)[1] == ALL
     assert not run.put(0, data[:10]), "a closed run takes nothing"
 
 

@@ -17,7 +17,7 @@ from cache.residency import messages as m
 from cache.residency.budget import UNKNOWN_READERS
 from cache.store.directory import CacheDirectory
 from cache.store.files import create_extent
-from cache.store.format import ExtentHeader
+from cache.store.format import ExtentLabel
 from cache.store.holding import held_bytes, mark_held, remove_if_let_go, retire_extent
 from cache.store.index import Index
 from cache.store.recovery import take_stock
@@ -25,7 +25,7 @@ from cache.store.recovery import take_stock
 T = TypeVar("T")
 OBJECT = ObjectId("s3://b/o", '"1"', 1000)
 EXTENT = ExtentId(OBJECT.content_id, 0)
-BYTES = ExtentHeader(OBJECT, 0).file_bytes
+BYTES = ExtentLabel(OBJECT, 0).file_bytes
 RELEASED = m.ExtentReleased(UNKNOWN_READERS, EXTENT, 7)
 
 
@@ -33,7 +33,7 @@ RELEASED = m.ExtentReleased(UNKNOWN_READERS, EXTENT, 7)
 def directory(tmp_path: Path) -> Iterator[CacheDirectory]:
     opened = CacheDirectory.open(tmp_path / "cache")
     assert isinstance(opened, CacheDirectory)
-    create_extent(opened, ExtentHeader(OBJECT, 0), 7)
+    create_extent(opened, ExtentLabel(OBJECT, 0), 7)
     yield opened
     opened.close()
 
@@ -142,7 +142,7 @@ def test_who_closes_his_files_a_moment_after_his_socket_is_not_counted_and_who_k
     told.evict()
     os.close(fd)
     assert told.look() == [] and names(directory) == []
-    create_extent(directory, ExtentHeader(OBJECT, 0), 7)
+    create_extent(directory, ExtentLabel(OBJECT, 0), 7)
     fd = handed_over(directory)
     told.evict()
     assert told.look() == [m.HeldFound(EXTENT, 7, BYTES)] and told.look() == []

@@ -17,10 +17,10 @@ from cache.errors import AccessDenied, CacheError
 from cache.residency import messages as m
 from cache.residency.budget import INDEX_BYTES_PER_EXTENT
 from cache.residency.machine import Residency
-from cache.store.format import HEADER_BYTES
+from cache.store.format import LABEL_BYTES
 from tests.models.residency_world import World
 
-FILE_BYTES = HEADER_BYTES + BLOCK_BYTES + INDEX_BYTES_PER_EXTENT
+FILE_BYTES = LABEL_BYTES + BLOCK_BYTES + INDEX_BYTES_PER_EXTENT
 ROOM = 3
 
 

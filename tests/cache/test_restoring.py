@@ -19,7 +19,7 @@ from cache.residency.budget import INDEX_BYTES_PER_EXTENT, UNKNOWN_READERS, Budg
 from cache.residency.machine import Residency
 from cache.store.directory import CacheDirectory
 from cache.store.files import create_extent
-from cache.store.format import HEADER_BYTES, ExtentHeader
+from cache.store.format import LABEL_BYTES, ExtentLabel
 from cache.store.index import Index, IndexRow
 
 T = TypeVar("T")
@@ -44,11 +44,11 @@ class Node:
         )
 
     def make(self, object_id: ObjectId, generation: int, extent_idx: int = 0, *, is_indexed: bool = True) -> int:
-        header = ExtentHeader(object_id, extent_idx)
-        create_extent(self.directory, header, generation)
+        label = ExtentLabel(object_id, extent_idx)
+        create_extent(self.directory, label, generation)
         if is_indexed:
-            self.index.add([IndexRow(object_id, extent_idx, generation, header.file_bytes)])
-        return header.file_bytes + INDEX_BYTES_PER_EXTENT
+            self.index.add([IndexRow(object_id, extent_idx, generation, label.file_bytes)])
+        return label.file_bytes + INDEX_BYTES_PER_EXTENT
 
     def on_disk(self, work: Callable[[CacheDirectory, Index], T]) -> Awaitable[T]:
         async def do() -> T:
@@ -128,7 +128,7 @@ def test_a_file_that_cannot_be_what_its_name_says_counts_until_it_is_gone(node: 
     node.make(two, 2, 1, is_indexed=False)
     short = node.directory.extent_path(ExtentId(two.content_id, 1), 2)
     with short.open("r+b") as file:
-        file.truncate(HEADER_BYTES)
+        file.truncate(LABEL_BYTES)
     asyncio.run(node.restoring.begin())
     if is_opened_first:
         node.tell(m.ObjectOpened("a", two))
@@ -140,7 +140,7 @@ def test_a_file_that_cannot_be_what_its_name_says_counts_until_it_is_gone(node: 
 
 
 def test_a_smaller_capacity_evicts_the_oldest_first(tmp_path: Path) -> None:
-    node = Node(tmp_path / "cache", capacity_bytes=(HEADER_BYTES + 1000) * 100)
+    node = Node(tmp_path / "cache", capacity_bytes=(LABEL_BYTES + 1000) * 100)
     for number, object_id in enumerate(OBJECTS):
         node.make(object_id, len(OBJECTS) - number)
     asyncio.run(node.restoring.begin())

@@ -12,10 +12,17 @@ from pathlib import Path
 import pytest
 
 from cache.blocks import BLOCK_BYTES, EXTENT_BYTES, ExtentId, ObjectId, extent_span
-from cache.errors import CacheConfigError, CapacityError
+from cache.errors import CacheConfigError, CapacityError, CorruptBlock
 from cache.store.directory import CacheDirectory, ServingDaemon, serving_daemon
-from cache.store.files import create_extent, read_header, sound_blocks, write_blocks
-from cache.store.format import FORMAT_VERSION, HEADER_BYTES, ExtentHeader
+from cache.store.files import (
+    create_extent,
+    label_of,
+    read_identity,
+    read_label,
+    sound_blocks,
+    write_blocks,
+)
+from cache.store.format import FORMAT_VERSION, LABEL_BYTES, ExtentLabel
 from cache.store.holding import retire_extent
 from cache.store.index import Index, IndexRow
 from cache.store.recovery import fits, forget, identify, settle, take_stock
@@ -40,9 +47,9 @@ def index(directory: CacheDirectory) -> Iterator[Index]:
 
 
 def make(directory: CacheDirectory, object_id: ObjectId, extent_idx: int, generation: int) -> IndexRow:
-    header = ExtentHeader(object_id, extent_idx)
-    create_extent(directory, header, generation)
-    return IndexRow(object_id, extent_idx, generation, header.file_bytes)
+    label = ExtentLabel(object_id, extent_idx)
+    create_extent(directory, label, generation)
+    return IndexRow(object_id, extent_idx, generation, label.file_bytes)
 
 
 @dataclass
@@ -72,9 +79,9 @@ def recover(directory: CacheDirectory, index: Index) -> Recovered:
 def test_a_new_file_is_whole_reserved_and_empty(directory: CacheDirectory) -> None:
     row = make(directory, LONG, 1, 7)
     path = directory.extent_path(row.extent, 7)
-    assert read_header(path) == (ExtentHeader(LONG, 1), frozenset())
+    assert read_label(path) == (ExtentLabel(LONG, 1), frozenset())
     start, end = extent_span(LONG.size_bytes, 1)
-    assert path.stat().st_size == HEADER_BYTES + end - start and path.stat().st_blocks * 512 >= path.stat().st_size
+    assert path.stat().st_size == LABEL_BYTES + end - start and path.stat().st_blocks * 512 >= path.stat().st_size
     assert path.stat().st_mode & 0o777 == 0o600
     assert retire_extent(directory, row.extent, 7) is False
     assert retire_extent(directory, row.extent, 7) is False
@@ -84,20 +91,20 @@ def test_a_new_file_is_whole_reserved_and_empty(directory: CacheDirectory) -> No
 def test_a_block_is_sound_until_one_bit_of_it_changes(directory: CacheDirectory) -> None:
     row = make(directory, SMALL, 0, 1)
     path = directory.extent_path(row.extent, 1)
-    header, data = ExtentHeader(SMALL, 0), os.urandom(1000)
+    label, data = ExtentLabel(SMALL, 0), os.urandom(1000)
     fd = os.open(path, os.O_RDWR)
     try:
-        write_blocks(fd, header, 0, memoryview(data))
-        assert sound_blocks(fd, header, 0, 1000) == [True]
-        os.pwrite(fd, bytes([data[500] ^ 4]), HEADER_BYTES + 500)
-        assert sound_blocks(fd, header, 0, 1000) == [False]
-        os.pwrite(fd, data, HEADER_BYTES)
-        assert sound_blocks(fd, header, 0, 1000) == [False], (
+        write_blocks(fd, label, 0, memoryview(data))
+        assert sound_blocks(fd, label, 0, 1000) == [True]
+        os.pwrite(fd, bytes([data[500] ^ 4]), 500)
+        assert sound_blocks(fd, label, 0, 1000) == [False]
+        os.pwrite(fd, data, 0)
+        assert sound_blocks(fd, label, 0, 1000) == [False], (
             "its entry was cleared: it is fetched again, not believed again"
         )
     finally:
         os.close(fd)
-    assert read_header(path)[1] == frozenset()
+    assert read_label(path)[1] == frozenset()
 
 
 def test_files_and_index_that_agree_are_kept(directory: CacheDirectory, index: Index) -> None:
@@ -112,7 +119,7 @@ def test_what_the_index_lost_is_adopted_and_what_it_invented_is_forgotten(
     directory: CacheDirectory, index: Index
 ) -> None:
     kept, unindexed = make(directory, SMALL, 0, 1), make(directory, LONG, 1, 2)
-    index.add([kept, IndexRow(LONG, 0, 9, HEADER_BYTES + EXTENT_BYTES)])
+    index.add([kept, IndexRow(LONG, 0, 9, LABEL_BYTES + EXTENT_BYTES)])
     result = recover(directory, index)
     assert {row.generation for row in result.rows} == {1, 2}
     assert (result.num_adopted, result.num_lost) == (1, 1)
@@ -133,7 +140,7 @@ def test_of_two_generations_of_an_extent_the_index_knows_which_else_the_younger_
     assert not directory.extent_path(old.extent, 8).exists()
 
 
-def test_a_file_whose_header_says_something_else_is_discarded(directory: CacheDirectory, index: Index) -> None:
+def test_a_file_whose_label_says_something_else_is_discarded(directory: CacheDirectory, index: Index) -> None:
     row = make(directory, SMALL, 0, 1)
     wrong = directory.extent_path(ExtentId("ab" + "0" * 30, 0), 2)
     wrong.parent.mkdir(exist_ok=True)
@@ -143,6 +150,25 @@ def test_a_file_whose_header_says_something_else_is_discarded(directory: CacheDi
     result = recover(directory, index)
     assert result.rows == [] and result.num_discarded == 2
     assert not wrong.exists() and not truncated.exists()
+
+
+def test_a_cut_file_that_ends_in_the_label_of_another_is_not_believed(directory: CacheDirectory) -> None:
+    """The label lies at the end, so what a cut file ends in is bytes of the object; and an object may hold an extent file."""
+    inner = directory.extent_path(make(directory, SMALL, 0, 1).extent, 1).read_bytes()
+    outer = ObjectId("s3://b/backup-of-a-cache.tar", '"1"', 512 + len(inner) + 10_000)
+    path = directory.extent_path(make(directory, outer, 0, 2).extent, 2)
+    fd = os.open(path, os.O_RDWR)
+    try:
+        write_blocks(fd, ExtentLabel(outer, 0), 0, memoryview(bytes(512) + inner + bytes(10_000)))
+        assert read_label(path)[1] == {0} and label_of(fd) == read_identity(path) == ExtentLabel(outer, 0)
+        os.truncate(path, 512 + len(inner))
+        for read in (read_label, read_identity):
+            with pytest.raises(CorruptBlock, match="bytes instead of"):
+                read(path)
+        with pytest.raises(CorruptBlock, match="bytes instead of"):
+            label_of(fd)
+    finally:
+        os.close(fd)
 
 
 def test_half_made_files_go_and_what_is_not_ours_stays(directory: CacheDirectory, index: Index) -> None:
@@ -254,7 +280,7 @@ def test_what_an_older_version_left_is_removed_and_nothing_else(
         path.write_text("mine")
     (tmp_path / "index.db").write_text("an old index")
     opened.close()
-    (tmp_path / "railhead-cache.json").write_text('{"format": 1}')
+    (tmp_path / "railhead-cache.json").write_text(f'{{"format": {FORMAT_VERSION - 1}}}')
     again = CacheDirectory.open(tmp_path)
     assert isinstance(again, CacheDirectory)
     assert (

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from cache.client import Cache
+from cache.store.format import LABEL_BYTES
 from tests.counting_origin import CountingOrigin, Fault, random_bytes
 from tests.daemon import CacheDaemon, wait_until
 
@@ -280,8 +281,9 @@ class Soak:
                     self.counts["file removed"] += 1
                 case _:
                     with path.open("r+b") as file:
+                        file.seek(max(0, size - LABEL_BYTES))
                         file.write(self.rng.randbytes(4096))
-                    self.counts["header overwritten"] += 1
+                    self.counts["label overwritten"] += 1
         if self.rng.random() < 0.3:
             (self.daemon.dir / "index.db").write_bytes(self.rng.randbytes(5000))
             self.counts["index overwritten"] += 1

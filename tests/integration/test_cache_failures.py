@@ -12,9 +12,10 @@ from collections.abc import Callable
 import pytest
 
 from cache.blocks import FETCH_BYTES
-from cache.client import Cache
+from cache.client import Cache, door
+from cache.daemon import wire
 from cache.errors import CacheError, ObjectChanged, ObjectNotFound, OriginUnavailable
-from cache.store.format import HEADER_BYTES, TABLE_OFFSET
+from cache.store.format import LABEL_BYTES, TABLE_OFFSET
 from tests.counting_origin import CountingOrigin, random_bytes
 from tests.daemon import CacheDaemon, wait_until
 
@@ -189,6 +190,25 @@ def test_with_the_origin_away_what_is_here_is_served_and_the_rest_comes_when_it_
     assert read == [DATA]
 
 
+def test_a_daemon_of_another_version_is_none(
+    cache_daemon: CacheDaemon,
+    counting_origin: CountingOrigin,
+    open_cache: OpenCache,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A node's daemon is upgraded while images of jobs still have the old client: its files may mean something else to them, so they must
+    not get any, and training must go on."""
+    url = counting_origin.put("o", DATA)
+    with monkeypatch.context() as patched:
+        patched.setattr(wire, "PROTOCOL_VERSION", wire.PROTOCOL_VERSION - 1)
+        patched.setattr(door, "FIRST_CONNECT_WAIT_S", 0.0)
+        obj = open_cache(cache_daemon.socket).open(url)
+        assert obj.read(5, 1000) == DATA[5:1005] and obj.on_disk_bytes is None
+        assert "run the same version of railhead on both sides" in caplog.text
+    assert cache_daemon.extent_files == []
+
+
 Damage = Callable[[bytearray], None]
 
 
@@ -209,16 +229,16 @@ def _truncate(size: int) -> Damage:
 @pytest.mark.parametrize(
     "damage",
     [
-        _flip(HEADER_BYTES),
-        _flip(HEADER_BYTES + 2 * FETCH_BYTES + 17),
-        _flip(3),
-        _flip(40),
-        _flip(TABLE_OFFSET + 1),
-        _truncate(HEADER_BYTES + FETCH_BYTES),
-        _truncate(10),
+        _flip(0),
+        _flip(2 * FETCH_BYTES + 17),
+        _flip(3 - LABEL_BYTES),
+        _flip(40 - LABEL_BYTES),
+        _flip(TABLE_OFFSET + 1 - LABEL_BYTES),
+        _truncate(FETCH_BYTES),
+        _truncate(-10),
         _truncate(0),
     ],
-    ids=["first byte", "third block", "magic", "identity", "table", "truncated", "header cut", "emptied"],
+    ids=["first byte", "third block", "magic", "identity", "table", "truncated", "label cut", "emptied"],
 )
 def test_damage_on_disk_is_noticed_after_a_restart_and_fetched_again(
     cache_daemon: CacheDaemon, counting_origin: CountingOrigin, open_cache: OpenCache, damage: Damage
@@ -264,7 +284,7 @@ def test_a_file_cut_short_under_a_running_daemon_sends_its_readers_to_the_origin
 ) -> None:
     obj = open_cache(cache_daemon.socket).open(counting_origin.put("o", DATA))
     assert obj.fetch()
-    os.truncate(cache_daemon.extent_files[0], HEADER_BYTES + 50)
+    os.truncate(cache_daemon.extent_files[0], 50)
     assert obj.read(100, 1000) == DATA[100:1100]
     wait_until(lambda: cache_daemon.status()["counters"]["rotten_blocks"] > 0, "the daemon has looked at it")
     assert obj.read(0, len(DATA)) == DATA

@@ -15,6 +15,7 @@ import pytest
 from benchmarks.seaweed import free_ports
 from cache.blocks import BLOCK_BYTES
 from cache.client import Cache
+from cache.store.format import LABEL_BYTES
 from tests.counting_origin import CountingOrigin, random_bytes
 from tests.daemon import CacheDaemon, open_cache, wait_until
 
@@ -139,9 +140,9 @@ def test_wrong_bytes_of_a_peer_are_discarded_counted_and_fetched_from_the_origin
         read_all(open_cache(liar.socket), objects)
         for path in liar.extent_files:
             with path.open("r+b") as file:
-                file.seek(-100, os.SEEK_END)
+                file.seek(-LABEL_BYTES - 100, os.SEEK_END)
                 byte = file.read(1)
-                file.seek(-100, os.SEEK_END)
+                file.seek(-LABEL_BYTES - 100, os.SEEK_END)
                 file.write(bytes([byte[0] ^ 1]))
         read_all(open_cache(reader.socket), objects)
         status = reader.status()

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from cache.blocks import FETCH_BYTES
 from cache.client import Cache
-from cache.store.format import HEADER_BYTES
 from tests.counting_origin import CountingOrigin, random_bytes
 from tests.daemon import CacheDaemon, wait_until
 from tests.integration.test_cache_serving import run_cache
@@ -77,7 +76,7 @@ def _verify_finds(cache_daemon: CacheDaemon, counting_origin: CountingOrigin, op
 
 def _flip(path: Path) -> None:
     with path.open("r+b") as file:
-        file.seek(HEADER_BYTES + FETCH_BYTES + 5)
+        file.seek(FETCH_BYTES + 5)
         byte = file.read(1)
         file.seek(-1, os.SEEK_CUR)
         file.write(bytes([byte[0] ^ 1]))
@@ -98,7 +97,7 @@ def test_verify_reads_a_directory_without_a_daemon_and_changes_it_only_if_asked(
         assert run_cache("verify", *where).stdout == "sound: 24 MiB in 3 objects\n"
         flipped, cut, _ = daemon.extent_files
         _flip(flipped)
-        os.truncate(cut, HEADER_BYTES + 5)
+        os.truncate(cut, 5)
         before = {path: path.read_bytes() for path in daemon.extent_files}
         for _ in range(2):
             found = run_cache("verify", *where)

@@ -32,7 +32,7 @@ from cache.residency.policy import UNKNOWN_USE, Candidate, Decision, FarthestNex
 from cache.residency.slots import EVICTION_WORD
 from cache.residency.state import Limits
 
-HEADER_BYTES = 8192
+LABEL_BYTES = 8192
 FileKey = tuple[ExtentId, int]
 """An extent file: its extent and its generation."""
 
@@ -91,7 +91,7 @@ class World:
         self.now = 100.0
         self.machine = Residency(
             Budget(capacity_bytes, max_files, keep_free=Floor(10 * 2**20, 1)),
-            limits=Limits(max_in_flight, demand_reserve, HEADER_BYTES, scrub_bytes_per_s=1 << 50, full_look=full_look),
+            limits=Limits(max_in_flight, demand_reserve, LABEL_BYTES, scrub_bytes_per_s=1 << 50, full_look=full_look),
             policy=CheckingPolicy(self),
             rng=random.Random(7),
             num_words=num_words,
@@ -190,7 +190,7 @@ class World:
     def found(self, object_id: ObjectId, extent_idx: int, generation: int, blocks: Iterable[int]) -> None:
         """A file from before this daemon; `blocks` are those that it holds."""
         start, end = extent_span(object_id.size_bytes, extent_idx)
-        file_bytes = HEADER_BYTES + end - start
+        file_bytes = LABEL_BYTES + end - start
         extent = ExtentId(object_id.content_id, extent_idx)
         self.objects[object_id.content_id] = object_id
         self.files[extent, generation] = ModelFile(
@@ -312,7 +312,7 @@ class World:
                 extent = ExtentId(object_id.content_id, extent_idx)
                 assert extent not in self.current, f"{extent} has a file already"
                 start, end = extent_span(object_id.size_bytes, extent_idx)
-                size = HEADER_BYTES + end - start + INDEX_BYTES_PER_EXTENT
+                size = LABEL_BYTES + end - start + INDEX_BYTES_PER_EXTENT
                 self.files[extent, generation] = ModelFile(object_id, size)
                 self.current[extent] = generation
                 self.creations.append(action)
