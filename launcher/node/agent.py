@@ -220,6 +220,8 @@ class NodeAgent:
                 self._start_cache()
             self._check_disk()
             self._look_at_progress()
+            if self._attempt is not None:
+                self._attempt.look_who_hears()
             self._look_after_forks()
 
     def _on_fork_socket(self, channel: socket.socket, handler: Callable[[], None] | None) -> None:
@@ -250,6 +252,8 @@ class NodeAgent:
             deadlines_s.append(self._cache_again_at_s + 0.01)
         if self._attempt is not None:  # the disk is looked at on the same occasion, and what ranks have imported
             deadlines_s.append(self._next_progress_s)
+            if self._attempt.hearing_due_s is not None:
+                deadlines_s.append(self._attempt.hearing_due_s)
             if self._forks.wants_modules and time.monotonic() < self._eager_until_s:
                 deadlines_s.append(time.monotonic() + _EAGERLY_EVERY_S)
         if self._forks.is_warming:
@@ -328,6 +332,7 @@ class NodeAgent:
                 self._prove_gpus_free if self._gpu_proof.is_needed else None,
                 is_sweeping=lambda: self._sweep_until_s > 0.0,
                 when_over=self._attempt_is_over,
+                post=self._post,
             )
         then(self._attempt)
 

@@ -29,6 +29,7 @@ from launcher.gang.observations import NodeProgress, RankStack, StacksTaken
 from launcher.gang.rank_env import RankPlaces, Setting
 from launcher.gang.world import Member, NodeInfo
 from launcher.node import stacks, store
+from launcher.node.deafness import PATIENCE_S, Hearing
 from launcher.node.failure import Left, last_lines, read_exception, what_was_left
 from launcher.node.follow import LogFollower, Source
 from launcher.node.forking import ForkServer
@@ -73,7 +74,9 @@ class NodeAttempt:
         prove_gpus_free: ProveFree | None,
         is_sweeping: Callable[[], bool],
         when_over: Callable[[int], None],
+        post: Callable[[Callable[[], None]], None],
     ) -> None:
+        """post: calls something in the agent's loop, from any thread."""
         self.number = number
         self._node = node
         self._spec = spec
@@ -88,6 +91,7 @@ class NodeAttempt:
         self._temporary: dict[int, str] = {}
         self._is_sweeping = is_sweeping
         self._when_over = when_over
+        self._post = post
         self._directory = os.path.join(run_dir, f"attempt_{number}")
         self._store: GuardedProcess | None = None
         self._ranks: dict[int, GuardedProcess] = {}
@@ -101,6 +105,7 @@ class NodeAttempt:
         self._nccl_logs: NcclLogs | None = None
         self._is_stopping = False
         self._can_save = False
+        self._hearing: Hearing | None = None
         self._is_over = False
         self._is_proving = False
         self._told_of_ending: set[int] = set()
@@ -181,7 +186,7 @@ class NodeAttempt:
 
     def take_stacks(self, look: int, is_final: bool) -> None:
         """Where the ranks stand. Returns at once; StacksTaken follows."""
-        pids = {rank: process.pid for rank, process in self._ranks.items() if process.pid and process.status is None}
+        pids = self._live_pids()
 
         def tell(taken: tuple[RankStack, ...]) -> None:
             self._on_event(StacksTaken(self.number, self._node.node_id, look, taken, is_final))
@@ -226,6 +231,8 @@ class NodeAttempt:
 
     def stop(self, grace_s: float, signum: int, can_save: bool = False) -> None:
         self._is_stopping, self._can_save = True, can_save
+        if not can_save and grace_s > PATIENCE_S and self._hearing is None:
+            self._hearing = Hearing(self._live_pids(), signum)
         for rank, process in self._ranks.items():
             if not can_save and (self._saves_itself(rank) or (process.pid and is_stopped(process.pid))):
                 process.stop(0.0, signal.SIGKILL)
@@ -236,6 +243,36 @@ class NodeAttempt:
     def _saves_itself(self, rank: int) -> bool:
         """It uses `launcher.preemption`."""
         return os.path.exists(os.path.join(self._rank_directory(rank), MARKER))
+
+    @property
+    def hearing_due_s(self) -> float | None:
+        """When `look_who_hears` has something to do."""
+        return self._hearing.due_s if self._hearing is not None else None
+
+    def look_who_hears(self) -> None:
+        """A while after the signal: ranks that cannot have heard it, and will not, do not get the rest of the grace."""
+        hearing = self._hearing
+        if hearing is None or hearing.due_s is None or time.monotonic() < hearing.due_s:
+            return
+        suspects = {rank: pid for rank, pid in hearing.suspects().items() if pid in self._live_pids().values()}
+        if suspects:
+            stacks.take(
+                suspects, self._directory, False, lambda taken: self._post(lambda: self._end_deaf(hearing.deaf(taken)))
+            )
+
+    def _end_deaf(self, ranks: Sequence[int]) -> None:
+        deaf = [rank for rank in ranks if rank in self._ranks and self._ranks[rank].status is None]
+        if not deaf:
+            return
+        who = f"rank {deaf[0]} waits" if len(deaf) == 1 else f"ranks {', '.join(map(str, deaf))} wait"
+        where = "in a collective that a dead rank has left, where Python runs no signal handler"
+        text = f"{who} {where}: SIGKILL, without the rest of the grace"
+        self._on_event(Notice(text, self._node.node_id))
+        for rank in deaf:
+            self._ranks[rank].stop(0.0, signal.SIGKILL)
+
+    def _live_pids(self) -> dict[int, int]:
+        return {rank: process.pid for rank, process in self._ranks.items() if process.pid and process.status is None}
 
     def _rank_directory(self, rank: int) -> str:
         return os.path.join(self._directory, f"rank_{rank}")
