@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 
@@ -49,6 +50,8 @@ class CountingOrigin:
         """(path, first byte, end) of every range that was asked for, in order."""
         self.fault: Callable[[str, int, int], Fault | None] = lambda path, start, end: None
         """What happens to a GET of a range."""
+        self.query: dict[str, list[str]] = {}
+        """Of the last request."""
         self.status: int | None = None
         """Every request is answered with this status, if it is not None."""
         self._held: dict[str, int] = {}
@@ -144,14 +147,16 @@ class _Handler(BaseHTTPRequestHandler):
     server: _Server
 
     def do_HEAD(self) -> None:
-        self.server.origin.heads[self.path.lstrip("/")] += 1
+        self.server.origin.heads[self.path.partition("?")[0].lstrip("/")] += 1
         self._answer(with_body=False)
 
     def do_GET(self) -> None:
         self._answer(with_body=True)
 
     def _answer(self, *, with_body: bool) -> None:
-        origin, path = self.server.origin, self.path.lstrip("/")
+        # Without the query: the signature of a cloud is there.
+        origin, parts = self.server.origin, urlsplit(self.path)
+        path, origin.query = unquote(parts.path).lstrip("/"), parse_qs(parts.query)
         data = origin.objects.get(path)
         if origin.status is not None or data is None:
             self._send(origin.status or 404, {}, b"" if not with_body else b"no")
@@ -160,7 +165,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.headers.get("If-Match", etag) != etag:
             self._send(412, {"ETag": etag}, b"")
             return
-        headers = {"ETag": etag, "Accept-Ranges": "bytes"}
+        headers = {"ETag": etag, "Accept-Ranges": "bytes", "Last-Modified": "Wed, 25 Nov 2026 12:00:00 GMT"}
         wanted = self.headers.get("Range")
         if not with_body:
             self._send(200, headers, b"", length=len(data))

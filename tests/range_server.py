@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from datetime import UTC, datetime
 from email.utils import formatdate, parsedate_to_datetime
 from types import TracebackType
+from xml.sax.saxutils import escape
 
 from aiohttp import web
 
@@ -19,6 +21,8 @@ class RangeServer:
         self.honours_ranges = True
         self.honours_if_match = True
         self.url = ""
+        self.lists: str | None = None
+        """Whether, and in whose words (google, azure), what lies below `/bucket` can be listed."""
 
     async def __aenter__(self) -> RangeServer:
         app = web.Application(client_max_size=1 << 30)
@@ -42,6 +46,8 @@ class RangeServer:
             version = self.objects[path][1] + 1 if path in self.objects else 1_700_000_000.0
             self.objects[path] = (await request.read(), version)
             return web.Response(status=201, headers=self._headers(path))
+        if self.lists is not None and request.method == "GET" and "prefix" in request.query:
+            return web.Response(text=self._listing(path.rstrip("/"), request.query["prefix"]), content_type="text/xml")
         if path not in self.objects:
             return web.Response(status=404)
         data, modified = self.objects[path]
@@ -58,6 +64,27 @@ class RangeServer:
         if request.method == "HEAD":
             return web.Response(headers={**headers, "Content-Length": str(len(data))})
         return web.Response(body=data, headers=headers)
+
+    def _listing(self, bucket: str, prefix: str) -> str:
+        """As Google (an S3-like listing) and Azure say what is in a bucket."""
+        found = []
+        for path in sorted(self.objects):
+            key, headers = path.removeprefix(f"{bucket}/"), self._headers(path)
+            if not path.startswith(f"{bucket}/{prefix}"):
+                continue
+            name, size, etag = escape(key), len(self.objects[path][0]), escape(headers["ETag"])
+            if self.lists == "azure":
+                about = f"<Last-Modified>{headers['Last-Modified']}</Last-Modified><Etag>{etag.strip(chr(34))}</Etag>"
+                about += f"<Content-Length>{size}</Content-Length><Content-Type>x</Content-Type><BlobType>BlockBlob</BlobType>"
+                found.append(f"<Blob><Name>{name}</Name><Properties>{about}</Properties></Blob>")
+            else:
+                when = datetime.fromtimestamp(self.objects[path][1], UTC).isoformat()
+                found.append(
+                    f"<Contents><Key>{name}</Key><LastModified>{when}</LastModified><ETag>{etag}</ETag><Size>{size}</Size></Contents>"
+                )
+        if self.lists == "azure":
+            return f"<EnumerationResults><Blobs>{''.join(found)}</Blobs><NextMarker/></EnumerationResults>"
+        return f"<ListBucketResult>{''.join(found)}</ListBucketResult>"
 
     def _matches(self, request: web.Request, headers: dict[str, str], modified: float) -> bool:
         wanted = request.headers.get("If-Match")

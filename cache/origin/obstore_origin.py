@@ -25,25 +25,22 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import quote
 
 import obstore
-from obstore.exceptions import (
-    BaseError,
-    NotSupportedError,
-    PermissionDeniedError,
-    PreconditionError,
-    UnauthenticatedError,
-)
+from obstore.exceptions import BaseError
 from obstore.store import AzureStore, GCSStore, HTTPStore, S3Store
 
 from cache.errors import AccessDenied, ObjectNotFound, OriginError, OriginMisconfigured
 from cache.origin import failures, urls
 from cache.origin.aws_profile import profile_settings
-from cache.origin.failures import Failure
+from cache.origin.obstore_errors import error_of, first_line
 from cache.origin.options import OriginOptions
 from cache.origin.plain_http import NotPlain, PlainTarget
 from cache.origin.ports import ObjectInfo
+from cache.origin.signing import Way, google_base, google_key, sas_token, way_of
 
 if TYPE_CHECKING:
     from obstore import GetOptions, ObjectMeta
@@ -84,9 +81,10 @@ class ObstoreOrigin:
         try:
             self._profile = profile_settings() if location.scheme == "s3" else {}
             self._store = _store(location, options, self._profile)
+            self._way = way_of(location.scheme, os.environ, _text_of)
         except (BaseError, ValueError) as e:
             raise OriginMisconfigured(
-                f"no client for {location.root}: {_first_line(e)}",
+                f"no client for {location.root}: {first_line(e)}",
                 url=location.root,
                 advice="Check the url and the store's settings (AWS_*, GOOGLE_*, AZURE_*).",
             ) from e
@@ -108,7 +106,7 @@ class ObstoreOrigin:
         try:
             return await self._in_thread(self._get, url, etag, start, end)
         except (BaseError, OSError, ValueError) as e:
-            raise _error("GET", url, e) from e
+            raise error_of("GET", url, e) from e
 
     def _get(self, url: str, etag: str, start: int, end: int) -> Buffer:
         options: GetOptions = {"range": (start, end), **_condition(etag)}
@@ -124,22 +122,19 @@ class ObstoreOrigin:
         return data
 
     async def plain_target(self, url: str) -> PlainTarget | None:
-        """Where a plain GET of this object goes, signed if need be; None: only `get_range` can read it. S3 and HTTP only: signing for
-        Google may cost a request to its IAM service."""
+        """Where a plain GET of this object goes, signed if need be; None: only `get_range` can read it (signing.py says when)."""
         now_s = time.monotonic()
-        if now_s < self._not_plain_until_s:
+        if now_s < self._not_plain_until_s or self._way is Way.LIBRARY:
             return None
         path = self._path(url)
         try:
             if self._is_http:
                 location = urls.parse(url)
                 return PlainTarget.of(location.url_of(location.key))
-            if not isinstance(self._store, S3Store):
-                return None
             kept = self._signed.get(path)
             if kept is not None and now_s < kept[0]:
                 return kept[1]
-            target = PlainTarget.of(await self._signed_url(path))
+            target = PlainTarget.of(await self._in_thread(self._plain_url, path))
         except (NotPlain, BaseError, OSError, ValueError):
             return None
         if len(self._signed) >= _MAX_SIGNATURES:
@@ -147,15 +142,21 @@ class ObstoreOrigin:
         self._signed[path] = (now_s + _SIGNATURE_USED_S, target)
         return target
 
-    async def _signed_url(self, path: str) -> str:
-        assert isinstance(self._store, S3Store)
-        if os.environ.get("AWS_SKIP_SIGNATURE", "").lower() not in ("1", "true", "yes"):
-            return await self._in_thread(obstore.sign, self._store, "GET", path, _SIGNED_FOR)
+    def _plain_url(self, path: str) -> str:
+        if self._way is Way.SIGNED:
+            assert isinstance(self._store, S3Store | GCSStore | AzureStore)
+            return obstore.sign(self._store, "GET", path, _SIGNED_FOR)
+        if self._location.scheme == "gs":
+            base = google_base(google_key(os.environ, _text_of))
+            return f"{base}/{self._location.bucket}/{quote(path)}"
         # obstore knows how the url is written; a signature by nobody shows it, and is cut off.
-        shown = S3Store(
-            self._location.bucket, access_key_id="-", secret_access_key="-", client_options={"allow_http": True}
-        )
-        return (await self._in_thread(obstore.sign, shown, "GET", path, _SIGNED_FOR)).partition("?")[0]
+        nobody = {"access_key_id": "-", "secret_access_key": "-"}
+        if self._location.scheme != "s3":
+            nobody = {"account_key": "bm9ib2R5"}
+        shown = _store(self._location, self._options, {**nobody, "skip_signature": False})
+        assert isinstance(shown, S3Store | AzureStore)
+        url = obstore.sign(shown, "GET", path, _SIGNED_FOR).partition("?")[0]
+        return f"{url}?{sas_token(os.environ)}" if self._way is Way.TOKEN else url
 
     def forget_signature(self, url: str) -> None:
         """The store did not accept it: the credentials may have changed."""
@@ -172,14 +173,20 @@ class ObstoreOrigin:
         return await ask()
 
     def _renew(self) -> bool:
-        """Reads the profile's keys anew. False: there is none, or that was done a moment ago."""
+        """Reads the profile's or the service account's keys anew. False: there are none, or that was done a moment ago."""
         credentials, now_s = self._profile.get("credential_provider"), time.monotonic()
-        if credentials is None or now_s - self._renewed_s < _RENEW_EVERY_S:
+        has_file = credentials is not None or (self._location.scheme == "gs" and google_key(os.environ, _text_of))
+        if not has_file or now_s - self._renewed_s < _RENEW_EVERY_S:
             return False
         self._renewed_s = now_s
-        credentials.refused()
+        if credentials is not None:
+            credentials.refused()
+        try:
+            store = _store(self._location, self._options, self._profile)  # The old one remembers the keys.
+        except (BaseError, ValueError):
+            return False  # Somebody is writing the file just now.
+        self._store, self._way = store, way_of(self._location.scheme, os.environ, _text_of)
         self._signed.clear()
-        self._store = _store(self._location, self._options, self._profile)  # The old one remembers the keys.
         return True
 
     def is_not_plain(self) -> None:
@@ -209,7 +216,7 @@ class ObstoreOrigin:
                 url = location.url_of(meta["path"])
                 found.append(ObjectInfo(url, meta["size"], _etag(meta, url)))
         except (BaseError, OSError, ValueError) as e:
-            raise _error("list", location.url_of(location.key), e) from e
+            raise error_of("list", location.url_of(location.key), e) from e
         found.sort(key=lambda info: info.url)
         return _without_directory_markers(found)
 
@@ -227,7 +234,7 @@ class ObstoreOrigin:
             body = io.BytesIO(data)
             await self._in_thread(partial(obstore.put, self._writing_store, self._path(url), body, use_multipart=False))
         except (BaseError, OSError, ValueError) as e:
-            raise _error("PUT", url, e) from e
+            raise error_of("PUT", url, e) from e
         return await self.head(url)
 
     async def close(self) -> None:
@@ -259,19 +266,23 @@ class ObstoreOrigin:
     async def _explained(self, operation: str, url: str, path: str, error: Exception) -> OriginError:
         """The error of a failed HEAD. Its answer has no body, so wrong bucket, wrong region and expired credentials look alike: one GET
         of one byte asks for the reason. Not a retry: nothing that it brings is used."""
-        first = _error(operation, url, error)
+        first = error_of(operation, url, error)
         if self._is_http or not re.search(r"status code: 4(00|03|04)", str(error)):
             return first
         try:
             await self._in_thread(partial(obstore.get, self._store, path, options={"range": (0, 1)}))
         except (BaseError, OSError, ValueError) as reason:
-            explained = _error(operation, url, reason)
+            explained = error_of(operation, url, reason)
             return first if explained.is_retryable else explained
         return first
 
 
+def _text_of(path: str) -> str:
+    return Path(path).read_text()
+
+
 def _store(location: Location, options: OriginOptions, profile: dict[str, Any]) -> ObjectStore:
-    """`profile`: settings out of the user's AWS profile."""
+    """`profile`: settings that stand before those of the environment: out of the user's AWS profile, say."""
     client: ClientConfig = {
         # Harmless where it is not wanted: without an http:// endpoint from the user, every url that obstore builds is https.
         "allow_http": True,
@@ -287,20 +298,21 @@ def _store(location: Location, options: OriginOptions, profile: dict[str, Any]) 
         case "s3":
             return S3Store(location.bucket, **common, **profile)
         case "gs":
-            return GCSStore(location.bucket, **common)
+            return GCSStore(location.bucket, **common, **profile)
         case "az" | "abfs" | "abfss":
             container, at, host = location.bucket.partition("@")
             if at:
                 common["account_name"] = host.split(".")[0]
-            return AzureStore(container, **common)
+            return AzureStore(container, **common, **profile)
         case _:
             return HTTPStore.from_url(location.root, **common)
 
 
 def _etag(meta: ObjectMeta, url: str) -> str:
     """The store's etag, or for HTTP servers without one the modification time and size (weaker: it moves in whole seconds)."""
-    if meta["e_tag"]:
-        return meta["e_tag"]
+    if tag := meta["e_tag"]:
+        # Azure's lists leave the quotes away that its answers have.
+        return tag if tag.startswith(('"', "W/")) or not url.startswith(("az", "abfs")) else f'"{tag}"'
     if meta["last_modified"] > _EPOCH and url.startswith("http"):
         return f"mtime:{int(meta['last_modified'].timestamp())}-{meta['size']}"
     raise failures.no_version(url)
@@ -333,68 +345,3 @@ def _nothing_below(url: str, is_http: bool) -> OriginError:
             advice="Name the objects one by one, or write fsspec+ before the url to read the server's index page.",
         )
     return failures.nothing_below(url)
-
-
-_STATUS = re.compile(r"status code: (\d{3}) ?([^:]*):?\s*(.*)", re.DOTALL)
-
-
-def _error(operation: str, url: str, error: Exception) -> OriginError:
-    """obstore's exception as one of ours. Its types tell little (most are GenericError), its text tells all; pinned by the tests."""
-    text = str(error).split("\n\nDebug source:")[0]
-    debug = str(error)
-    if (
-        isinstance(error, NotSupportedError)
-        or "non-partial response" in text
-        or re.search(r"Requested \d+\.\.\d+, got", text)
-    ):
-        return failures.ignores_ranges(operation, url)
-    if "Received redirect without LOCATION" in text:
-        return failures.error_of(
-            Failure(operation, url, "redirect without a location", status=301, code="PermanentRedirect")
-        )
-    if isinstance(error, ValueError) and not isinstance(error, OSError):
-        return OriginMisconfigured(f"{operation} {url}: {_first_line(error)}", url=url, advice="Check the url.")
-    if "Header missing from response" in text:
-        return OriginMisconfigured(
-            f"{operation} {url}: the answer lacks a header that the cache needs ({_first_line(error)})",
-            url=url,
-            advice="Is it really an object store that answers there? Else let the server send Content-Length and ETag.",
-        )
-    match = _STATUS.search(text)
-    if match:
-        body = match.group(3)
-        code = re.search(r"<Code>([^<]*)</Code>", body)
-        said = re.search(r"<Message>([^<]*)</Message>", body)
-        detail = " ".join(
-            filter(None, [match.group(1), match.group(2).strip(), code and code.group(1), said and said.group(1)])
-        )
-        return failures.error_of(Failure(operation, url, detail, int(match.group(1)), code.group(1) if code else ""))
-    for kind, status in _STATUS_OF_TYPE:
-        if isinstance(error, kind):
-            return failures.error_of(Failure(operation, url, _first_line(error), status))
-    return failures.error_of(Failure(operation, url, _transport_detail(debug) or _first_line(error)))
-
-
-_STATUS_OF_TYPE: list[tuple[type[Exception], int]] = [
-    (FileNotFoundError, 404),
-    (PreconditionError, 412),
-    (PermissionDeniedError, 403),
-    (UnauthenticatedError, 401),
-]
-
-
-def _transport_detail(debug: str) -> str:
-    """What happened below HTTP, from the nested error that obstore prints."""
-    if "TimedOut" in debug or "kind: Timeout" in debug:
-        return "timed out"
-    for pattern in (r'error: "([^"]+)"', r'message: "([^"]+)"', r"kind: (ConnectionReset|UnexpectedEof|BrokenPipe)"):
-        match = re.search(pattern, debug)
-        if match:
-            return match.group(1)
-    if "IncompleteMessage" in debug or "IncompleteBody" in debug:
-        return "the connection closed in the middle of the answer"
-    return ""
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).split("\n", 1)[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import pickle
 import random
 import uuid
@@ -81,12 +82,38 @@ class HttpWorld(World):
                 await close_origins()
 
 
+class CloudWorld(World):
+    """Google's or Azure's store, as far as a server speaks it."""
+
+    def __init__(self, scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.scheme, self.monkeypatch = scheme, monkeypatch
+
+    @asynccontextmanager
+    async def open(self) -> AsyncIterator[tuple[Origin, str]]:
+        async with RangeServer() as server:
+            server.lists = "google" if self.scheme == "gs" else "azure"
+            account = {"gcs_base_url": server.url, "disable_oauth": True, "client_email": "", "private_key": ""}
+            for name, value in {
+                "GOOGLE_SERVICE_ACCOUNT_KEY": json.dumps(account | {"private_key_id": ""}),
+                "AZURE_STORAGE_ACCOUNT_NAME": "lab",
+                "AZURE_STORAGE_ACCOUNT_KEY": "bm9ib2R5",
+                "AZURE_ENDPOINT": f"{server.url}/lab",
+            }.items():
+                self.monkeypatch.setenv(name, value)
+            try:
+                yield origin_for(f"{self.scheme}://bucket"), f"{self.scheme}://bucket/dir"
+            finally:
+                await close_origins()
+
+
 KINDS = [
     "memory",
     "file",
     "http",
     "http-without-etag",
     "http-ignoring-if-match",
+    "gs",
+    "az",
     "fsspec-memory",
     "fsspec-file",
     pytest.param("s3", marks=pytest.mark.s3),
@@ -95,7 +122,7 @@ KINDS = [
 
 
 @pytest.fixture(params=KINDS)
-def world(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[World]:
+def world(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     kind = request.param
     if kind.startswith("s3"):
         request.getfixturevalue("s3_environment")
@@ -111,6 +138,8 @@ def world(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[World]:
         "http": lambda: HttpWorld(),
         "http-without-etag": lambda: HttpWorld(sends_etag=False),
         "http-ignoring-if-match": lambda: HttpWorld(honours_if_match=False),
+        "gs": lambda: CloudWorld("gs", monkeypatch),
+        "az": lambda: CloudWorld("az", monkeypatch),
         "fsspec-memory": lambda: RegistryWorld(f"memory://{tmp_path.name}/dir"),
         "fsspec-file": lambda: RegistryWorld(f"fsspec+file://{tmp_path}/dir"),
     }[kind]()
