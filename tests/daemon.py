@@ -36,12 +36,14 @@ class CacheDaemon:
         options: tuple[str, ...] = (),
         dir: Path | None = None,
         environment: dict[str, str] | None = None,
+        command: tuple[str, ...] = (sys.executable, "-m", "cache"),
     ) -> None:
+        """`command`: what starts it, if not as usual (in a namespace, say)."""
         self._folder = tempfile.TemporaryDirectory(prefix="rh-")
         self.root = Path(self._folder.name)
         self.dir = dir or self.root / "cache"
         self.socket = str(self.root / "s")
-        self.capacity, self.options = capacity, options
+        self.capacity, self.options, self.command = capacity, options, command
         self.environment = environment
         """Of the daemon; None: that of the tests."""
         self.process: subprocess.Popen[bytes] | None = None
@@ -68,7 +70,7 @@ class CacheDaemon:
 
     def start(self) -> CacheDaemon:
         """Starts it and waits until readers can connect."""
-        command = [sys.executable, "-m", "cache", "serve", "--dir", str(self.dir), "--capacity", str(self.capacity)]
+        command = [*self.command, "serve", "--dir", str(self.dir), "--capacity", str(self.capacity)]
         command += ["--socket", self.socket, "--announce", "--metadata-ttl", "0.2", *self.options]
         with (self.root / "log").open("ab") as log:
             self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, env=self.environment)

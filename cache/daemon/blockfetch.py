@@ -49,6 +49,8 @@ class BlockFetch:
         self.is_closed = False
         self.expected: list[int] | None = None
         """Checksums that the blocks must have (a peer's); None: what comes is what is believed (the origin's)."""
+        self.silence_s = 0.0
+        """How long a peer gave no sign of life, at most, before its answer."""
         self._fd = fd
         self._label = label
         self._slot = slot

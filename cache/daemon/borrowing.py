@@ -14,9 +14,6 @@ from cache.daemon.peerauth import Ask, authorization, is_proven
 from cache.errors import CorruptBlock, ObjectChanged, OriginThrottled, OriginUnavailable, PeerError
 from cache.origin.plain_http import Head, NotPlain, PlainTarget
 
-SILENCE_S = 2.0
-"""A peer that works says so four times a second; one that says nothing for this long is frozen or cut off."""
-
 
 def peer_target(
     key: bytes, ask: Ask, address: tuple[str, int], about: dict[str, Any], now_s: float, *, tls: ssl.SSLContext | None
@@ -50,7 +47,7 @@ def answer_check(key: bytes, ask: Ask, nonce: str, run: BlockFetch) -> Callable[
             expected = []
         if len(expected) != -(-run.length // BLOCK_BYTES):
             raise PeerError(f"peer {ask.audience} gave {len(expected)} checksums", reason="wrong-bytes")
-        run.expected = expected
+        run.expected, run.silence_s = expected, head.silence_s
 
     return check
 

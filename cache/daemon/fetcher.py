@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from cache.blocks import BLOCK_BYTES
-from cache.daemon.borrowing import SILENCE_S
 from cache.daemon.pool import WorkerPool, WorkerProcess
 from cache.errors import CacheError, CapacityError, OriginThrottled, PeerError, from_wire
 from cache.residency.origins import OriginState
@@ -26,10 +25,13 @@ MAX_GOING_ON = 8
 
 MAX_REMEMBERED = 4096
 
-SLOW_PEER_S = 5.0
+SLOW_PEER_S = 2.0
+UNKNOWN_PEER_S = 5.0
 SLOWER_THAN_ORIGIN = 2.0
-"""A peer that works but takes longer than both (seconds; times what the origin itself takes for so much) is passed by, within the budget of
-hedges. A peer that only waits for a slow or crowded origin is not: to ask that once more would help nobody."""
+SLOWER_THAN_ITSELF = 3.0
+"""A peer that works but takes longer than all of these (seconds; times what the origin itself takes for so much; times what it takes
+itself, at the 95th percentile) is passed by, within the budget of hedges. A peer that only waits for a slow or crowded origin is not: to
+ask that once more would help nobody. Where the origin's pace is not known yet, UNKNOWN_PEER_S."""
 
 PartKey = tuple[str, int]
 """A file and the first byte of a block of it that came in part."""
@@ -44,6 +46,8 @@ class FetchResult:
     write_s: float = 0.0
     error: CacheError | None = None
     num_whole_blocks: int = 0
+    silence_s: float = 0.0
+    """Of a peer: how long it gave no sign of life, at most."""
 
 
 @dataclass
@@ -107,17 +111,17 @@ class Fetcher:
         return FetchResult(error=error, num_whole_blocks=done // BLOCK_BYTES)
 
     async def borrow(
-        self, request: dict[str, Any], peer: dict[str, Any], state: OriginState, origin: OriginState
+        self, request: dict[str, Any], peer: dict[str, Any], state: OriginState, origin: OriginState, silence_s: float
     ) -> FetchResult:
         """Has a run brought from another node; an error that says how that went wrong is a PeerError. `origin`: the object's, for
-        comparison."""
+        comparison. `silence_s`: after so long without a sign of life it is given up."""
         num_bytes = request["end"] - request["start"]
-        asked = {**request, "op": "fetch", "fetch_id": next(self._ids), "stall_s": SILENCE_S, "peer": peer}
+        asked = {**request, "op": "fetch", "fetch_id": next(self._ids), "stall_s": silence_s, "peer": peer}
         worker, began_s = self._pool.pick(), time.monotonic()
         answering = asyncio.create_task(worker.request(asked))
         is_slow = False
         try:
-            await asyncio.wait([answering], timeout=_patience_s(origin, num_bytes))
+            await asyncio.wait([answering], timeout=_patience_s(origin, state, num_bytes))
             if not answering.done() and state.hedging.take(time.monotonic()):
                 is_slow = True
                 with contextlib.suppress(CacheError):
@@ -130,7 +134,7 @@ class Fetcher:
         if "failed" not in answer:
             seconds = time.monotonic() - began_s
             state.hedging.landed(num_bytes, seconds, answer["first_byte_s"])
-            return FetchResult(seconds, answer["write_s"])
+            return FetchResult(seconds, answer["write_s"], silence_s=answer["silence_s"])
         failed = from_wire(answer["failed"])
         if is_slow and not isinstance(failed, CapacityError):
             failed = PeerError(f"peer {peer['node']} took {time.monotonic() - began_s:.1f} s", reason="slow")
@@ -160,7 +164,10 @@ class Fetcher:
                 self._came.popitem(last=False)
 
 
-def _patience_s(origin: OriginState, num_bytes: int) -> float:
+def _patience_s(origin: OriginState, peer: OriginState, num_bytes: int) -> float:
     """How long a peer may take for this much."""
     usual_s = origin.hedging.hedge_after_s(num_bytes)
-    return SLOW_PEER_S if usual_s is None else max(SLOW_PEER_S, SLOWER_THAN_ORIGIN * usual_s)
+    if usual_s is None:
+        return UNKNOWN_PEER_S
+    own_s = peer.hedging.hedge_after_s(num_bytes) or 0.0
+    return max(SLOW_PEER_S, SLOWER_THAN_ORIGIN * usual_s, SLOWER_THAN_ITSELF * own_s)

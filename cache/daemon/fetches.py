@@ -62,7 +62,7 @@ class Fetches:
         self._reading: set[asyncio.Future[float]] = set()
 
     async def fetch(self, request: dict[str, Any]) -> dict[str, Any]:
-        """The answer: {seconds, first_byte_s, write_s}, or {failed, done, crc} with how far it came. Raises CapacityError."""
+        """The answer: {seconds, first_byte_s, write_s, silence_s}, or {failed, done, crc} with how far it came. Raises CapacityError."""
         began_s = time.monotonic()
         run = _open_run(request)
         try:
@@ -75,7 +75,8 @@ class Fetches:
             return {"failed": error.to_wire(), "done": run.done, "crc": run.crc}
         finally:
             run.close()
-        return {"seconds": time.monotonic() - began_s, "first_byte_s": first_byte_s, "write_s": run.write_s}
+        seconds = time.monotonic() - began_s
+        return {"seconds": seconds, "first_byte_s": first_byte_s, "write_s": run.write_s, "silence_s": run.silence_s}
 
     def cancel(self, fetch_id: int) -> bool:
         """Gives up a run that is under way; its fetch fails."""

@@ -127,14 +127,19 @@ class Hands:
     async def _borrow(self, action: m.FetchBlocks, request: dict[str, Any], state: OriginState) -> FetchResult:
         assert self.peers is not None
         oid, address = action.object_id, self.peers.address_of(action.source)
+        silence_s = 0.0
         if address is None:
             result = FetchResult(error=PeerError(f"peer {action.source} is known no longer", reason="dead"))
         else:
             peer = {"node": action.source, "host": address[0], "port": address[1], "size_bytes": oid.size_bytes}
             peer |= {"content_id": oid.content_id, "first": action.first, "end": action.end}
-            result = await self.fetcher.borrow(request, peer, state, self._origins.of(oid.url))
-        if isinstance(result.error, PeerError):
-            if not self.peers.failed(action.source, result.error) and result.error.reason in OUT_OF_USE:
+            silence_s = self.peers.silence_s(action.source)
+            result = await self.fetcher.borrow(request, peer, state, self._origins.of(oid.url), silence_s)
+        if result.error is None:
+            self.peers.heard(action.source, result.silence_s)
+        elif isinstance(result.error, PeerError):
+            is_out = self.peers.failed(action.source, result.error, silence_s)
+            if not is_out and result.error.reason in OUT_OF_USE:
                 # It is still the owner, so these blocks come from the origin.
                 result = FetchResult(error=PeerError(result.error.message, reason="busy"))
         elif isinstance(result.error, OriginUnavailable):

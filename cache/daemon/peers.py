@@ -79,6 +79,8 @@ class Peers:
         self.node_id = node_id
         self.bypassed: Counter[str] = Counter()
         """Why blocks were not taken from their owner."""
+        self.last_words: dict[str, str] = {}
+        """What was said the last time, by reason."""
         self._config, self._key, self._daemon_id = config, key, daemon_id
         self._capacity_bytes, self._origins, self._on_change = capacity_bytes, origins, on_change
         self._tls: ssl.SSLContext | None = client_context([str(p) for p in config.tls] if config.tls else None)
@@ -87,6 +89,8 @@ class Peers:
         self._names: dict[Address, str] = {}
         self._own_addresses: set[Address] = set()
         self._said: dict[Address, str] = {}
+        self._num_rounds = 0
+        self._probing: dict[Address, asyncio.Task[None]] = {}
         origins.placement = Placement(node_id, {node_id: float(capacity_bytes)})
 
     async def run(self) -> None:
@@ -104,6 +108,7 @@ class Peers:
         others = [address for address in addresses if address not in self._own_addresses]
         await asyncio.gather(*(self._greet(address) for address in others))
         self._settle()
+        self._num_rounds += 1
 
     def resized(self, capacity_bytes: int) -> None:
         """This node's share of what is owned follows at the next round."""
@@ -112,12 +117,29 @@ class Peers:
     def address_of(self, node_id: str) -> Address | None:
         return next((address for address, name in self._names.items() if name == node_id), None)
 
-    def failed(self, node_id: str, error: PeerError) -> bool:
-        """A fetch from a peer failed. True: it is out of use now, and what it owned has another owner."""
+    def silence_s(self, node_id: str) -> float:
+        """For how long without a sign of life this peer is waited for."""
+        return self._health.silence_s(node_id)
+
+    def heard(self, node_id: str, gap_s: float) -> None:
+        """A fetch from it went well; between its signs of life there was at most so much time."""
+        self._health.heard(node_id, gap_s)
+
+    def failed(self, node_id: str, error: PeerError, silent_for_s: float = 0.0) -> bool:
+        """A fetch from a peer failed. True: it is out of use now, and what it owned has another owner; it is greeted at once."""
         self.bypassed[error.reason] += 1
-        is_out = self._health.failed(node_id, error.reason, time.monotonic())
+        self.last_words[error.reason] = error.message
+        is_out = self._health.failed(node_id, error.reason, time.monotonic(), silent_for_s)
         self._settle()
+        address = self.address_of(node_id)
+        if is_out and address is not None and address not in self._probing:
+            probe = self._probing[address] = asyncio.create_task(self._probe(address))
+            probe.add_done_callback(lambda _: self._probing.pop(address, None))
         return is_out
+
+    async def _probe(self, address: Address) -> None:
+        await self._greet(address)
+        self._settle()
 
     def account(self) -> dict[str, Any]:
         placement = self._origins.placement
@@ -126,10 +148,13 @@ class Peers:
         return {
             "node_id": self.node_id,
             "members": len(members),
+            "is_resolved": self._discovery.is_resolved,
+            "rounds": self._num_rounds,
             "peers": [
                 {"node_id": name, "address": address, "is_member": name in members} for name, address in known.items()
             ],
             "bypassed": dict(self.bypassed),
+            "last_words": dict(self.last_words),
         }
 
     def _settle(self) -> None:
@@ -142,6 +167,7 @@ class Peers:
         self._on_change()
 
     async def _greet(self, address: Address) -> None:
+        began_s = time.monotonic()
         try:
             async with asyncio.timeout(HELLO_TIMEOUT_S):
                 about = await self._hello(address)
@@ -163,7 +189,8 @@ class Peers:
             for old in [a for a, n in self._names.items() if n == name and a != address]:
                 del self._names[old]
             self._names[address] = name
-            self._health.greeted(name, float(about["capacity_bytes"]), time.monotonic())
+            now_s = time.monotonic()
+            self._health.greeted(name, float(about["capacity_bytes"]), now_s, now_s - began_s)
 
     async def _hello(self, address: Address) -> dict[str, Any]:
         ask, nonce = Ask("", "", 0, 0), secrets.token_hex(16)
@@ -188,7 +215,8 @@ class Peers:
             writer.close()
 
     def _say(self, address: Address, text: str) -> None:
-        """Once, until it is something else."""
-        if self._said.get(address) != text:
+        """Once, until it is something else. Empty: there is nothing to say any more."""
+        if self._said.get(address, "") != text:
             self._said[address] = text
-            log.warning("%s", text)
+            if text:
+                log.warning("%s", text)

@@ -17,7 +17,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from email.utils import parsedate_to_datetime
 from functools import cache
 from urllib.parse import urlsplit
@@ -85,6 +85,8 @@ def goes_through_proxy(url: str) -> bool:
 class Head:
     status: int
     headers: Mapping[str, str]
+    silence_s: float = 0.0
+    """The longest time without a byte before it, interim answers (1xx) counted as such."""
 
     @property
     def length(self) -> int | None:
@@ -187,10 +189,12 @@ class RangeConnection:
         """Sends a request and reads the head of its answer. OSError (TimeoutError after `stall_s` of silence), NotPlain."""
         self._set_timeout(stall_s)
         self._sock.sendall(request)
+        silence_s, heard_s = 0.0, time.monotonic()
         while True:
-            head = self._head()
+            head, now_s = self._head(), time.monotonic()
+            silence_s, heard_s = max(silence_s, now_s - heard_s), now_s
             if head.status >= 200:
-                return head
+                return replace(head, silence_s=silence_s)
 
     def _head(self) -> Head:
         data = bytes(self._early)

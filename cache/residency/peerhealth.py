@@ -1,8 +1,15 @@
-"""Which peers are members just now: who answers, and who is out of use and until when. Pure; `now` is an argument."""
+"""Which peers are members just now: who answers, who is out of use and until when, how long each may be silent. Pure; `now` is an argument.
+
+A peer that is alive gives signs of it: it answers greetings, and says four times a second that it is at work on a request. How far apart
+they come depends on how busy its machine is, so what counts as silence is learnt from each peer's own signs. Whoever is silent for longer
+is out of use at once, is greeted at once, and is back with its answer: to be wrong about a peer costs what others fetch of its share in
+that moment, and to wait for one that is frozen costs a stall.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import deque
+from dataclasses import dataclass, field
 
 OUT_OF_USE = ("dead", "silent", "wrong-bytes")
 """Ways of failing (PeerError.reason) after which a peer is asked for nothing more for a while."""
@@ -10,9 +17,17 @@ OUT_OF_USE = ("dead", "silent", "wrong-bytes")
 MISSED_HELLOS = 3
 """So many unanswered greetings (one a second) make a member one no longer. A fetch that fails says it sooner."""
 
-GREETED_S = 2.0
-"""A peer that was silent about one block and has answered a greeting within this time is busy, not frozen. On machines whose processors are
-all taken this happens; to make others owners of all that is its own, and back again a second later, would have much of it fetched anew."""
+SILENCE_FACTOR = 3.0
+"""A peer is silent when it has said nothing for so many times what it hardly ever (one time in a hundred) needs for a sign."""
+
+MIN_SILENCE_S = 0.5
+START_SILENCE_S = 2.0
+MAX_SILENCE_S = 5.0
+"""Bounds of it, and what holds while a peer is hardly known. The least is twice the time between two signs of one that has nothing else to
+do; the most is for machines with many times more to do than processors, whose daemons need a second to say anything."""
+
+MIN_SIGNS = 10
+MAX_SIGNS = 200
 
 DISTRUST_S = 10.0
 MAX_DISTRUST_S = 600.0
@@ -25,16 +40,36 @@ class _Member:
     num_missed: int = 0
     out_until_s: float = 0.0
     num_lies: int = 0
+    silent_since_s: float | None = None
+    """Since when nothing was heard of it, if that is why it is out of use."""
+    signs_s: deque[float] = field(default_factory=lambda: deque(maxlen=MAX_SIGNS))
+    """How long it took to give signs of life."""
 
 
 class PeerHealth:
     def __init__(self) -> None:
         self._members: dict[str, _Member] = {}
 
-    def greeted(self, name: str, weight: float, now: float) -> None:
-        """A peer has said who it is, and how much it can hold."""
+    def greeted(self, name: str, weight: float, now: float, took_s: float = 0.0) -> None:
+        """A peer has said who it is, and how much it can hold; it took so long to answer."""
         member = self._members.setdefault(name, _Member(weight, now))
+        if member.silent_since_s is not None:
+            took_s, member.silent_since_s = max(took_s, now - member.silent_since_s), None
         member.weight, member.greeted_s, member.num_missed = weight, now, 0
+        member.signs_s.append(took_s)
+
+    def heard(self, name: str, gap_s: float) -> None:
+        """It was at work on a request, and gave no sign of life for at most so long."""
+        if name in self._members:
+            self._members[name].signs_s.append(gap_s)
+
+    def silence_s(self, name: str) -> float:
+        """After how long without a sign it is given up for now."""
+        signs = self._members[name].signs_s if name in self._members else ()
+        if len(signs) < MIN_SIGNS:
+            return START_SILENCE_S
+        rarely_s = sorted(signs)[min(len(signs) - 1, int(0.99 * len(signs)))]
+        return min(MAX_SILENCE_S, max(MIN_SILENCE_S, SILENCE_FACTOR * rarely_s))
 
     def forget(self, name: str) -> None:
         """It has left the cluster."""
@@ -45,13 +80,13 @@ class PeerHealth:
         if name in self._members:
             self._members[name].num_missed += 1
 
-    def failed(self, name: str, reason: str, now: float) -> bool:
-        """A fetch from it failed; True: it is out of use now. Wrong bytes count double each time: a broken machine does not mend itself in
-        ten seconds."""
+    def failed(self, name: str, reason: str, now: float, silent_for_s: float = 0.0) -> bool:
+        """A fetch from it failed; True: it is out of use now. One that was silent about a block and has answered a greeting meanwhile is
+        busy, not frozen. Wrong bytes count double each time: a broken machine does not mend itself in ten seconds."""
         member = self._members.get(name)
         if member is None:
             return True
-        if reason not in OUT_OF_USE or (reason == "silent" and now - member.greeted_s < GREETED_S):
+        if reason not in OUT_OF_USE or (reason == "silent" and member.greeted_s > now - silent_for_s):
             return False
         if reason == "wrong-bytes":
             member.num_lies += 1
@@ -60,6 +95,8 @@ class PeerHealth:
         else:
             # A greeting that is answered brings it back at once.
             member.num_missed = MISSED_HELLOS
+            if reason == "silent" and member.silent_since_s is None:
+                member.silent_since_s = now - silent_for_s
         return True
 
     def members(self, now: float) -> dict[str, float]:
