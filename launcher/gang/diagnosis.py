@@ -61,6 +61,8 @@ class Looks:
     work: str = ""
     """What its last stack is known to take its time for."""
     recent: deque[RankSample] = field(default_factory=deque)
+    places: set[Frames] = field(default_factory=set)
+    """The functions of each look."""
 
     def see(self, sample: RankSample) -> None:
         self.recent.append(sample)
@@ -70,11 +72,12 @@ class Looks:
     def see_stack(self, stack: RankStack) -> None:
         if stack.frames:
             self.frames.append(stack.frames)
+            self.places.add(_functions(stack.frames))
             self.work = stack.work
 
     def is_still(self) -> bool:
         """Looked at often enough, and always in the same functions. (Not the same lines: a loop of two lines is one place.)"""
-        return len(self.frames) >= MIN_LOOKS and len({_functions(frames) for frames in self.frames}) == 1
+        return len(self.frames) >= MIN_LOOKS and len(self.places) == 1
 
     def cpu(self) -> float:
         """CPU seconds per second of the process itself."""
@@ -96,10 +99,13 @@ class Looks:
 
     def _rate(self, of: Callable[[RankSample], float | None]) -> float:
         """Zero for a rank that was seen once."""
-        known = [(sample.age_s, value) for sample in self.recent if (value := of(sample)) is not None]
-        if len(known) < 2 or known[-1][0] <= known[0][0]:
+        first = next(((sample.age_s, value) for sample in self.recent if (value := of(sample)) is not None), None)
+        last = next(
+            ((sample.age_s, value) for sample in reversed(self.recent) if (value := of(sample)) is not None), None
+        )
+        if first is None or last is None or last[0] <= first[0]:
             return 0.0
-        return (known[-1][1] - known[0][1]) / (known[-1][0] - known[0][0])
+        return (last[1] - first[1]) / (last[0] - first[0])
 
 
 def diagnose(
