@@ -40,7 +40,7 @@ H_BATCHES, H_BATCH_AT_S = 8, 9
 
 _WITHIN = -1
 """In place of the number of an iterator: the main thread is within one's `__next__`."""
-_PASSED_BY = "<frozen importlib>/launcher/node/instrument.py"
+HOOKS_FILE = "<frozen importlib>/railhead_instrument.py"
 """The file that our hooks say they are from. torch's compiler looks into every function that runs below a compiled one, and would compile
 ours with the step, warn of our clock, or end the program because our module is not to be found. It passes by what belongs to importlib (a
 list that it has had from its beginning); a mark on a function is heeded only where it is called from compiled code."""
@@ -222,7 +222,7 @@ def _takes(function: Any) -> Any:
 
 def _pass_by(function: Any) -> None:
     """For torch's compiler."""
-    function.__code__ = function.__code__.replace(co_filename=_PASSED_BY)
+    function.__code__ = function.__code__.replace(co_filename=HOOKS_FILE)
 
 
 def _dressed(function: Any, original: Any) -> Any:

@@ -20,7 +20,7 @@ from pathlib import Path
 from launcher.gang.observations import RankStack
 from launcher.gang.work import known_work
 from launcher.node import strays
-from launcher.node.instrument import STACK_FILE, STACK_SIGNAL
+from launcher.node.instrument import HOOKS_FILE, STACK_FILE, STACK_SIGNAL
 
 _PY_SPY_S = 8.0
 """It takes a tenth of a second, but this may be a crowded machine."""
@@ -31,7 +31,13 @@ _PY_SPY_FRAME = re.compile(r"^    (.+) \((.+):(\d+)\)$")
 _PROCESS = re.compile(r"^Process (\d+):", re.MULTILINE)
 _FAULT_FRAME = re.compile(r'^  File "(.+)", line (\d+) in (.+)$')
 Frames = tuple[str, ...]
-_OURS = ("launcher/node/runner.py", "launcher/node/instrument.py", "launcher/node/forkserver.py")
+_OURS = (
+    "launcher/node/runner.py",
+    "launcher/node/instrument.py",
+    "launcher/node/forkserver.py",
+    os.path.basename(HOOKS_FILE),
+)
+"""py-spy shortens a path that lies below none of the program's to its last part."""
 
 
 def take(
