@@ -10,7 +10,9 @@ import contextlib
 import ipaddress
 import itertools
 import json
+import os
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -45,6 +47,18 @@ def may_be_fetched(url: str, *, on_loopback: bool) -> bool:
     return on_loopback or parts.hostname.rstrip(".") not in ("localhost", "metadata", "metadata.google.internal")
 
 
+@dataclass(frozen=True)
+class Loan:
+    worker_pid: int
+    client_id: str
+    fd: int | None
+
+    @property
+    def path(self) -> str:
+        """For the worker to open."""
+        return f"/proc/{os.getpid()}/fd/{self.fd}"
+
+
 class Lending:
     """Answers the questions of this daemon's workers about what other nodes ask them. From the event loop."""
 
@@ -53,9 +67,9 @@ class Lending:
         self._node_id = node_id
         self._on_loopback = on_loopback
         self._nonces = Nonces()
-        self._loans: dict[int, tuple[int, str]] = {}
-        """Worker and client of each that is being sent. Each is a reader of its own to the machine: with its end all that it opened and
-        held is let go of. So what has left the disk is forgotten, however many objects the others ask for in the course of months."""
+        self._loans: dict[int, Loan] = {}
+        """What is being sent. Each is a reader of its own to the machine: with its end all that it opened and held is let go of. So what
+        has left the disk is forgotten, however many objects the others ask for in the course of months."""
         self._next_loan = itertools.count(1)
 
     async def answer(self, worker_pid: int, request: dict[str, Any]) -> dict[str, Any]:
@@ -77,9 +91,9 @@ class Lending:
 
     def worker_gone(self, pid: int) -> None:
         """It held files that it was about to send."""
-        for loan, (worker_pid, _) in list(self._loans.items()):
-            if worker_pid == pid:
-                self._ended(loan)
+        for number, loan in list(self._loans.items()):
+            if loan.worker_pid == pid:
+                self._ended(number)
 
     def _about(self) -> str:
         control = self._control
@@ -109,11 +123,16 @@ class Lending:
 
         def hand_over(answer: m.Answer) -> dict[str, Any]:
             control.tell(m.ExtentHeld(client_id, extent, answer.generation))
-            self._loans[loan] = (worker_pid, client_id)
+            path = control.directory.extent_path(extent, answer.generation)
+            # Opened here, while it cannot be evicted: on a full disk it may be by the time the worker gets to it, and then it was refused.
+            fd = None
+            with contextlib.suppress(OSError):
+                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            lent = self._loans[loan] = Loan(worker_pid, client_id, fd)
             start_byte, end_byte = run_span(object_id.size_bytes, first, end)
             control.residency.counters.lent_bytes += end_byte - start_byte
             return {
-                "path": str(control.directory.extent_path(extent, answer.generation)),
+                "path": lent.path if fd is not None else str(path),
                 "extent_idx": extent.extent_idx,
                 "slot": first % BLOCKS_PER_EXTENT,
                 "hold": loan,
@@ -128,4 +147,6 @@ class Lending:
     def _ended(self, loan: int) -> None:
         found = self._loans.pop(loan, None)
         if found is not None:
-            self._control.tell(m.ClientGone(found[1]))
+            if found.fd is not None:
+                os.close(found.fd)
+            self._control.tell(m.ClientGone(found.client_id))

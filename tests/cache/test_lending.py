@@ -121,6 +121,20 @@ def test_what_could_not_be_lent_is_forgotten_too() -> None:
     assert node.residency.num_objects == 0
 
 
+def test_what_is_evicted_before_the_worker_opens_it_is_sent_all_the_same(tmp_path: Path) -> None:
+    """A node whose disk is full evicts all the time. (Its peers were refused, and read the origin: the most frequent reason by far.)"""
+    node, file = Node(), tmp_path / "extent"
+    file.write_bytes(b"what was lent")
+    node.extent_path = lambda extent, generation: file  # type: ignore[method-assign]
+    request = {"op": "lend", "url": "s3://b/1", "etag": '"1"', "size_bytes": BLOCK_BYTES, "first": 0, "end": 1}
+    lent = asyncio.run(node.lending.answer(1, {**request, "nonce": "n", "expires_s": 4e9}))
+    node.world.evict(an_object(1))
+    file.unlink()
+    assert Path(lent["path"]).read_bytes() == b"what was lent"
+    node.lent(lent["hold"])
+    assert not Path(lent["path"]).exists(), "and its space is given back"
+
+
 def test_what_a_dead_worker_was_sending_is_let_go_of() -> None:
     node, one = Node(), an_object(1)
     node.lend(one, worker_pid=7)
