@@ -35,6 +35,8 @@ from typing import Any
 
 _ours = {__file__}
 """Files whose frames are taken off the program's tracebacks."""
+_within: set[str] = set()
+"""Those of them that may stand anywhere in one: the observer's hooks."""
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 CRASH_FILE, EXIT_FILE, TRACEBACK_FILE = "crash.log", "exit.json", "traceback.at"
 """Beside TORCHELASTIC_ERROR_FILE."""
@@ -101,9 +103,14 @@ def _cut(text: str) -> str:
 
 
 def _without(tb: types.TracebackType | None, *files: str) -> types.TracebackType | None:
-    """The traceback from the first frame on that is in none of these files."""
+    """The traceback from the first frame on that is in none of these files, and without the observer's hooks further down."""
     while tb is not None and tb.tb_frame.f_code.co_filename in files:
         tb = tb.tb_next
+    at = tb
+    while at is not None:
+        while at.tb_next is not None and at.tb_next.tb_frame.f_code.co_filename in _within:
+            at.tb_next = at.tb_next.tb_next
+        at = at.tb_next
     return tb
 
 
@@ -191,6 +198,7 @@ def _begin_observer(path: str, argument: str) -> None:
             code = compile(file.read(), path, "exec", dont_inherit=True)
         namespace = {"__name__": "_railhead_observer", "__file__": path, "__builtins__": sys.modules["builtins"]}
         exec(code, namespace)
+        _within.add(str(namespace.get("HOOKS_FILE", path)))
         namespace["begin"](argument)  # type: ignore[operator]
     except Exception as error:
         print(f"launcher: this rank runs unobserved: {type(error).__name__}: {error}", file=sys.stderr)

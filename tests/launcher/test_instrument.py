@@ -344,6 +344,42 @@ def test_an_unmodified_ddp_script_is_counted_and_its_words_are_heard(tmp_path: P
     assert words[progress.W_PAUSED_SINCE_NS] > 0
 
 
+LOADER = """
+class _BaseDataLoaderIter:
+    def __next__(self): return self.fetch()
+    def fetch(self): raise KeyError("sample 7")
+"""
+
+
+@pytest.mark.parametrize("how", ["spawn", "fork"])
+def test_an_exception_that_passes_a_hook_has_the_traceback_that_it_has_without_us(tmp_path: Path, how: str) -> None:
+    """A data set that fails: people compare tracebacks, and search for their lines."""
+    files = {
+        "torch/utils/__init__.py": "",
+        "torch/utils/data/__init__.py": "",
+        "torch/utils/data/dataloader.py": LOADER,
+    }
+    for name, text in (FAKE_TORCH | files).items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    script = """
+import os, sys
+sys.path.insert(0, os.getcwd())
+for name in [name for name in sys.modules if name.partition(".")[0] == "torch"]: del sys.modules[name]
+import torch.utils.data.dataloader as dataloader
+next(dataloader._BaseDataLoaderIter())
+"""
+    with launch(tmp_path, script, "--start-method", how) as launched:
+        code, _, err = launched.finish()
+        log = (launched.run_dir / "attempt_0" / "rank_0" / "stderr.log").read_text()
+    alone = subprocess.run(
+        [sys.executable, "train.py"], cwd=tmp_path, capture_output=True, text=True, check=False
+    ).stderr
+    assert (code, log) == (1, alone), err
+    assert "instrument" not in err
+    assert "KeyError: 'sample 7'" in err
+
+
 COMPILES = """
 import sys, warnings, torch, torch._dynamo
 from torch._dynamo.utils import counters
