@@ -79,6 +79,7 @@ _PLURAL = {
     Kind.FETCHING: "wait for their data loaders, which are at work",
     Kind.ASTRAY: "wait in other places than most",
     Kind.STILL: "stand still",
+    Kind.IMPORTING: "are stuck in an import",
     Kind.GONE: "have ended",
     Kind.WORKING: "are at work elsewhere",
     Kind.QUIET: "are quiet",

@@ -15,6 +15,7 @@ from launcher.gang.events import RankExited, RankHung
 from launcher.gang.health import Finding, GivenUp, GoesOn, Health, Named, NeedStacks, Noticed
 from launcher.gang.observations import NodeProgress, StacksTaken
 from launcher.gang.patience import HangRules, look_every_s
+from launcher.gang.startup import Startup
 from launcher.gang.stragglers import Straggling
 from launcher.gang.world import World
 from launcher.spec import JobSpec, OnHang
@@ -51,7 +52,10 @@ class Monitor:
         self._spec = spec
         self._run_dir = run_dir
         is_on = spec.hang_timeout_s != float("inf")
-        self.health = Health(HangRules(is_on, spec.hang_timeout_s if is_on else None, patience.LIMITS))
+        rules = HangRules(is_on, spec.hang_timeout_s if is_on else None, patience.LIMITS)
+        self.health = Health(rules)
+        self._rules = rules
+        self._startup = Startup(rules, 0)
         self._judge_every_s = look_every_s(spec.hang_timeout_s) / 2
         """Half of how often each node is heard of: with a thousand nodes, not at each word."""
         self._judged_s = float("-inf")
@@ -64,6 +68,7 @@ class Monitor:
         """The ranks of this attempt are about to start."""
         self._attempt, self._world, self._due, self._final = attempt, world, None, set()
         self.health.begin(attempt, world.world_size)
+        self._startup = Startup(self._rules, world.world_size)
 
     def stop(self) -> None:
         """The attempt is being stopped: nothing of it is judged any more."""
@@ -72,6 +77,8 @@ class Monitor:
     def exited(self, event: RankExited) -> None:
         if event.status.is_success:
             self.health.exited(event.attempt, event.rank)
+            if event.attempt == self._attempt:
+                self._startup.exited(event.rank)
 
     def see(self, event: NodeProgress | StacksTaken, now: float) -> Sequence[Effect]:
         """What follows from this, and from the time that has passed."""
@@ -79,14 +86,16 @@ class Monitor:
             return ()
         if isinstance(event, StacksTaken):
             self.health.see_stacks(event)
+            self._startup.see_stacks(event)
             if event.is_final:
                 self._final.add(event.node_id)
         else:
             self.health.see(event, now)
+            self._startup.see(event, now)
         effects: list[Effect] = []
         is_due = now - self._judged_s >= self._judge_every_s
         self._judged_s = now if is_due else self._judged_s
-        for finding in self.health.judge(now) if is_due else ():
+        for finding in (*self.health.judge(now), *self._startup.judge(now)) if is_due else ():
             effects += self._follow(finding, self._world, now)
         return [*effects, *self._give_up_if_due(self._world, now)]
 
@@ -116,7 +125,7 @@ class Monitor:
                 return (finding, Say(hangwords.straggling(finding, world)))
 
     def _give_up_if_due(self, world: World, now: float) -> Sequence[Effect]:
-        if not self.health.is_given_up:
+        if not (self.health.is_given_up or self._startup.is_given_up):
             self._due = None  # it went on while its stacks were being written
         if self._due is None:
             return ()

@@ -38,6 +38,7 @@ class Kind(enum.Enum):
     STILL = "stand still, each in one place"
     WORKING = "is at work elsewhere"
     QUIET = "are quiet together"
+    IMPORTING = "is stuck in an import"
 
 
 _CULPABLE = (Kind.SPINNING, Kind.AWAY, Kind.DEVICE, Kind.DATA, Kind.FETCHING)

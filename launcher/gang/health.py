@@ -4,8 +4,8 @@ A rank is *quiet* while no step and no batch of it is seen. Who is quiet for a g
 (`NeedStacks`), then named (`Named`), and only then, when it is certain or has lasted long, given up (`GivenUp`): `patience.py` says when.
 Who computes in one place while the others wait is told as a notice first (`Noticed`): it may be one long call.
 
-Before the first step of an attempt nothing is judged (it may take its time, or never have an optimizer), but a stopped rank is. A rank
-that makes no steps while others do is nobody's culprit.
+Before the first step of an attempt nothing is judged (it may take its time, or never have an optimizer), but a stopped rank is, and
+imports are by `startup.py`. A rank that makes no steps while others do is nobody's culprit.
 """
 
 from __future__ import annotations

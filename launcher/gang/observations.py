@@ -74,6 +74,8 @@ class RankStack:
     """File on the node with the stacks of all its threads."""
     work: str = ""
     """What it is known to take its time for (`work.known_work`); empty if nothing is known."""
+    is_import_locked: bool = False
+    """It is in an import, and two of its threads wait for each other's (`work.is_import_locked`)."""
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ naming is quick where nothing but a hang looks so, and giving up is generous whe
 | what is seen | named after | given up after |
 |---|---|---|
 | a rank is stopped (SIGSTOP) | 10 s | at once; if all are, 1 h |
+| before the first step: it does nothing within an import (`startup.py`) | 10 s | 300 s if two threads wait for each other's; else never |
 | the others wait in a collective; one sleeps in one place, waits elsewhere than most, or has ended with 0 | base | max(300 s, 10 base) |
 | the others wait; one *computes* in one place: a livelock or a long call | a notice: base; max(60 s, 6 base) | max(600 s, 20 base) |
 | all wait for each other | 3 base | max(300 s, 10 base) |

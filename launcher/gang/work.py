@@ -40,6 +40,8 @@ _WORDS = frozenset(
     | {"compile", "compiles", "compiling"}
 )
 """In names of functions, as words: `run_validation`, `save_checkpoint`. Not `load`: batches are loaded."""
+IMPORT_MACHINERY = "(<frozen importlib."
+"""In frames of the interpreter's own import."""
 _NOT_WITH = frozenset({"train", "fit"})
 """`train_and_evaluate` is the whole program."""
 
@@ -73,6 +75,33 @@ def is_between_two(frames: Sequence[str]) -> bool:
 
 def innermost_is(frames: Sequence[str], function: str) -> bool:
     return bool(frames) and frames[0].startswith(f"{function} (")
+
+
+def imports(frames: Sequence[str]) -> bool:
+    """Whether this thread is in an import.
+
+    >>> imports(("join (threading.py:9)", "<module> (a.py:5)", "_find_and_load (<frozen importlib._bootstrap>:9)", "<module> (t.py:1)"))
+    True
+    >>> imports(("<module> (t.py:1)",))
+    False
+    """
+    return any(IMPORT_MACHINERY in frame for frame in frames)
+
+
+def waits_for_lock(frames: Sequence[str]) -> bool:
+    """Whether this thread waits for another one's import. (py-spy names the class, faulthandler does not.)
+
+    >>> waits_for_lock(("_ModuleLock.acquire (<frozen importlib._bootstrap>:120)", "<module> (b.py:1)"))
+    True
+    """
+    return bool(frames) and frames[0].startswith(("_ModuleLock.acquire (<fr", "acquire (<fr")) and imports(frames[:1])
+
+
+def is_import_locked(main: Sequence[str], others: Sequence[Sequence[str]]) -> bool:
+    """Whether the main thread is in an import and another thread waits for one, or the other way round."""
+    if not imports(main):
+        return False
+    return any(waits_for_lock(frames) for frames in others) or (waits_for_lock(main) and any(map(imports, others)))
 
 
 def known_work(main: Sequence[str], others: Iterable[Sequence[str]] = ()) -> str:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from launcher.gang.observations import RankStack
-from launcher.gang.work import known_work
+from launcher.gang.work import is_import_locked, known_work
 from launcher.node import strays
 from launcher.node.instrument import HOOKS_FILE, STACK_FILE, STACK_SIGNAL
 
@@ -84,7 +84,7 @@ def _take_one(rank: int, pid: int, attempt_directory: str) -> RankStack:
 
 
 def _stack(rank: int, main: Frames, others: list[Frames], how: str, path: str) -> RankStack:
-    return RankStack(rank, main, how, path, known_work(main, others))
+    return RankStack(rank, main, how, path, known_work(main, others), is_import_locked(main, others))
 
 
 def _take_native(rank: int, pid: int, attempt_directory: str) -> RankStack:
