@@ -23,10 +23,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.machine import hardware, versions
+from benchmarks.processes import Usage, watch
 from benchmarks.step_cost import MODELS, Estimate, StepCost, measure
 from launcher.node.guardian import descendants_of
 
@@ -47,17 +47,7 @@ while True:
 """
 
 
-@dataclass(frozen=True)
-class Idle:
-    """Of one process, or of several together."""
-
-    num_processes: int
-    cpu_percent: float
-    rss_mib: float
-    pss_mib: float
-
-
-def idle(command: Sequence[str], seconds: float) -> tuple[Idle, Idle]:
+def idle(command: Sequence[str], seconds: float) -> tuple[Usage, Usage]:
     """The process of the command, and all that it has started but the ranks and theirs."""
     with tempfile.TemporaryDirectory() as directory:
         Path(directory, "train.py").write_text(IDLE_SCRIPT)
@@ -71,29 +61,11 @@ def idle(command: Sequence[str], seconds: float) -> tuple[Idle, Idle]:
             ranks = {int(path.read_text()) for path in ready}
             hidden = ranks.union(*(descendants_of(pid) for pid in ranks))
             own, helpers = [process.pid], sorted(set(descendants_of(process.pid)) - hidden)
-            before, began = {pid: _cpu_s(pid) for pid in (*own, *helpers)}, time.monotonic()
-            time.sleep(seconds)
-            lasted = time.monotonic() - began
-            used = {pid: _cpu_s(pid) - cpu_s for pid, cpu_s in before.items()}
-            own_idle, helpers_idle = (_account(pids, used, lasted) for pids in (own, helpers))
-            return own_idle, helpers_idle
+            used = watch({"own": own, "helpers": helpers}, seconds)
+            return used["own"], used["helpers"]
         finally:
             process.send_signal(signal.SIGTERM)
             process.wait(60)
-
-
-def _account(pids: Sequence[int], used: dict[int, float], lasted: float) -> Idle:
-    rss, pss = 0, 0
-    for pid in pids:
-        rollup = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-        kib = {line.split(":")[0]: int(line.split()[1]) for line in rollup[1:]}
-        rss, pss = rss + kib["Rss"], pss + kib["Pss"]
-    return Idle(len(pids), 100 * sum(used[pid] for pid in pids) / lasted, rss / 1024, pss / 1024)
-
-
-def _cpu_s(pid: int) -> float:
-    """To the nanosecond, of all its threads."""
-    return sum(int(path.read_text().split()[0]) for path in Path(f"/proc/{pid}/task").glob("*/schedstat")) / 1e9
 
 
 WAYS = {
@@ -103,7 +75,7 @@ WAYS = {
 
 
 def page(
-    costs: list[StepCost], idles: dict[str, list[tuple[Idle, Idle]]], seconds: float, load: tuple[float, float]
+    costs: list[StepCost], idles: dict[str, list[tuple[Usage, Usage]]], seconds: float, load: tuple[float, float]
 ) -> str:
     return "\n".join(
         [
@@ -173,7 +145,7 @@ def _in_us(estimate: Estimate) -> str:
     return f"{estimate.middle / 1000:+.2f} ({estimate.low / 1000:+.2f} to {estimate.high / 1000:+.2f})"
 
 
-def _idle_row(name: str, which: str, runs: list[Idle]) -> str:
+def _idle_row(name: str, which: str, runs: list[Usage]) -> str:
     cpu, rss, pss = ([getattr(run, what) for run in runs] for what in ("cpu_percent", "rss_mib", "pss_mib"))
     spread = f"{statistics.median(cpu):.2f} ({min(cpu):.2f} to {max(cpu):.2f})"
     numbers = f"{spread} | {statistics.median(rss):.0f} | {statistics.median(pss):.0f}"
@@ -191,7 +163,7 @@ def main() -> None:
         for model in MODELS:
             print(_cost_row(measure(*model, step_s, random.Random(0))), flush=True)
         return
-    idles: dict[str, list[tuple[Idle, Idle]]] = {name: [] for name in WAYS}
+    idles: dict[str, list[tuple[Usage, Usage]]] = {name: [] for name in WAYS}
     for _ in range(num_runs):
         for name, command in WAYS.items():
             idles[name].append(idle(command, idle_s))
