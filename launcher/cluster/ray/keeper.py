@@ -68,6 +68,7 @@ class Keeper:
         self._on_trouble = on_trouble
         self._trials: dict[str, _Trial] = {}
         self._alone_until: dict[str, float] = {}
+        self._alone_lock = threading.Lock()
         self._said: set[str] = set()
         self._look = threading.Event()
         self._stop = threading.Event()
@@ -81,8 +82,9 @@ class Keeper:
         self._look.set()
 
     def leave_alone(self, node_id: str) -> None:
-        """The node was lost: it is not tried again for a while."""
-        self._alone_until[node_id] = time.monotonic() + LEAVE_ALONE_S
+        """The node was lost: it is not tried again for a while. From any thread."""
+        with self._alone_lock:
+            self._alone_until[node_id] = time.monotonic() + LEAVE_ALONE_S
 
     def close(self, timeout_s: float) -> None:
         """Ends what is being tried."""
@@ -123,8 +125,9 @@ class Keeper:
 
     def _still_alone(self) -> set[str]:
         now = time.monotonic()
-        self._alone_until = {node_id: until for node_id, until in self._alone_until.items() if until > now}
-        return set(self._alone_until)
+        with self._alone_lock:
+            self._alone_until = {node_id: until for node_id, until in self._alone_until.items() if until > now}
+            return set(self._alone_until)
 
     def _try(self, node: survey.ClusterNode, actor: Any) -> None:
         hello = actor.hello.remote(self._spec.cwd, in_submitted_job())
