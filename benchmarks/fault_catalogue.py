@@ -139,6 +139,16 @@ PYTHON = (
         ("ImportError", "partially initialized module 'a1'"),
     ),
     Fault(
+        "an import that deadlocks with its own thread",
+        on_one(
+            "waits = 'import threading\\nt = threading.Thread(target=__import__, args=(\"b2\",))\\nt.start()\\nt.join()'\n"
+            "open('a2.py', 'w').write(waits)\nopen('b2.py', 'w').write('from a2 import X')\nimport a2"
+        ),
+        ("is stuck in an import: <module> (a2.py:4)",),
+        exit_code=80,
+        kind="hung",
+    ),
+    Fault(
         "a broken config file",
         on_one("import json\nopen('c.json', 'w').write('{\"lr\": }')\njson.load(open('c.json'))"),
         ("JSONDecodeError: Expecting value",),

@@ -36,10 +36,11 @@ DRIVER = '''
 import json, sys
 from launcher.cluster.local import LocalCluster
 from launcher.controller import run
-from launcher.gang import policy
+from launcher.gang import patience, policy
 from launcher.spec import JobSpec, Program, ProgramKind, RestartBudget
 
 policy._FIRST_DELAY_S = 0.0  # attempts that fail at once are the point here
+patience.LIMITS = patience.Limits(quick_s=1.0, give_up_s=1.0)  # of ten seconds and five minutes
 scripts = json.load(open("scripts.json"))
 
 
@@ -90,7 +91,8 @@ class Finding:
             found.append(f"kind {self.kind}")
         if self.exit_code != fault.exit_code:
             found.append(f"exit code {self.exit_code}")
-        if not re.match(rf"launcher: rank \d+ on {re.escape(socket.gethostname())} failed: .*; log /", self.line):
+        told = "hangs: " if fault.kind == "hung" else "failed: .*; log /"
+        if not re.match(rf"launcher: rank \d+ on {re.escape(socket.gethostname())} {told}", self.line):
             found.append("the line has not rank, host, cause and log")
         return tuple(found)
 
@@ -119,7 +121,9 @@ def run(directory: Path, faults: Sequence[Fault] = CATALOGUE) -> list[Finding]:
     data = json.loads((run_dir / "failure.json").read_text())
     roots = {entry["attempt"]: entry["root"] for entry in data["attempts"]}
     told_at = _told_at(run_dir / "journal.jsonl")
-    lines = [line for line in job.stderr.splitlines() if re.match(r"launcher: (rank|node) .* (failed|lost): ", line)]
+    lines = [
+        line for line in job.stderr.splitlines() if re.match(r"launcher: (rank|node) .* (failed|lost|hangs): ", line)
+    ]
     told = dict(zip(sorted(told_at), lines, strict=True))
     return [
         _finding(fault, roots.get(idx, {}), told.get(idx, ""), told_at.get(idx), directory / f"fault_at.{idx}")
@@ -196,7 +200,8 @@ rank, cause, kind and exit code in the first line, and how soon?
 - The words are those of one line; the traceback, or the stack of a crash, follows it on the terminal.
 - `named after` holds what the interpreter needs to die: printing a traceback, atexit callbacks, and two ranks on two cores. The loss of a
   peer that nothing explains is told a second late on purpose (docs/decisions/0031-root-causes.md), and a monitored barrier waits for its
-  own second.
+  own second. The deadlocked import is run with limits of one second, for ten until it is named and 300 until it is given up, and its stacks
+  are waited for.
 - Kills for memory, lost nodes, agents, actors and heads need a cgroup or a Ray cluster; they are tests, in tests/launcher:
   test_memory_kills.py, test_ray_elastic.py, test_ray_faults.py, test_orphans.py.
 """

@@ -95,7 +95,8 @@ def given_up(finding: GivenUp, world: World) -> str:
     others = world.world_size - len(culprits) if finding.diagnosis.is_certain else 0
     words = kind.value if len(culprits) == 1 else f"{_PLURAL[kind]} (with {ranks_text(culprits[1:])})"
     waits = f", {others} other{'s wait' if others > 1 else ' waits'}" if others else ""
-    return f"{words}{waits}, for {finding.quiet_s:.0f} s"
+    place = f": {finding.place}" if finding.place else ""
+    return f"{words}{place}{waits}, for {finding.quiet_s:.0f} s"
 
 
 def goes_on(finding: GoesOn, world: World) -> str:

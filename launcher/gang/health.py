@@ -62,11 +62,12 @@ class Named:
 
 @dataclass(frozen=True)
 class GivenUp:
-    """It will not come back."""
+    """It will not come back. `place`: a frame that says more than the diagnosis; may be empty."""
 
     diagnosis: Diagnosis
     quiet_s: float
     limit_s: float
+    place: str = ""
 
 
 @dataclass(frozen=True)

@@ -155,7 +155,9 @@ class Startup:
             findings.append(Named(diagnosis, quiet_s, limit_s, self._places(diagnosis.culprits), left_s))
         if quiet_s >= give_up_s and not self.is_given_up and self._named is not None:
             self.is_given_up = True
-            findings.append(GivenUp(diagnosis, quiet_s, give_up_s))
+            frames = self._places(diagnosis.culprits)[0][0]
+            place = next((frame for frame in frames if frame.startswith("<module> (")), frames[0])
+            findings.append(GivenUp(diagnosis, quiet_s, give_up_s, place))
         return findings
 
     def _places(self, ranks: Sequence[int]) -> tuple[tuple[tuple[str, ...], tuple[int, ...]], ...]:

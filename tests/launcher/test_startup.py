@@ -1,22 +1,22 @@
-"""Imports that never end are named, with the module; slow ones, and whatever else a job does before its first step, are not."""
+"""Imports that never end are named, with the module; slow ones, and whatever else a job does before its first step, are not.
+
+For real: in the catalogue of faults (test_faults.py).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from launcher.errors import EXIT_HUNG
 from launcher.gang.diagnosis import Kind
 from launcher.gang.health import Finding, GivenUp, GoesOn, Named, NeedStacks
 from launcher.gang.observations import NodeProgress, RankSample, RankStack, StacksTaken
 from launcher.gang.patience import HangRules
 from launcher.gang.startup import Startup
 from launcher.gang.work import is_import_locked
-from tests.launcher.launched import launch
 
 MACHINERY = (
     "_load_unlocked (<frozen importlib._bootstrap>:690)",
@@ -71,6 +71,7 @@ def test_a_deadlocked_import_is_named_in_ten_seconds_with_its_module_and_given_u
     assert named_at == 10
     assert isinstance(given_up, GivenUp)
     assert given_up_at == 300
+    assert given_up.place == "<module> (stuck.py:5)"
 
 
 def test_all_ranks_may_be_in_the_same_deadlock() -> None:
@@ -126,18 +127,3 @@ def test_two_threads_in_each_others_imports_are_a_lock() -> None:
     assert is_import_locked(LOCKED, [JOINS])
     assert not is_import_locked(JOINS, [BEYOND]), "a thread that computes"
     assert not is_import_locked(BEYOND, [LOCKED, JOINS]), "not the main thread's business"
-
-
-def test_a_rank_that_deadlocks_in_an_import_is_named_and_the_job_stops(tmp_path: Path) -> None:
-    """For real: a module that waits for its own thread, which imports the module."""
-    (tmp_path / "stuck.py").write_text(
-        "import threading\nt = threading.Thread(target=__import__, args=('child',))\nt.start()\nt.join()\n"
-    )
-    (tmp_path / "child.py").write_text("import stuck\nprint(stuck.VALUE)\n")
-    script = "import os, time\nif os.environ['RANK'] == '1': import stuck\ntime.sleep(600)"
-    with launch(tmp_path, script, "--nproc-per-node", "2", "--hang-timeout", "2", "--on-hang", "stop") as launched:
-        code, _, err = launched.finish()
-    assert code == EXIT_HUNG, err
-    assert "rank 1 on" in err
-    assert "is stuck in an import" in err
-    assert "<module> (stuck.py:4)" in err
