@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from cache.blocks import ExtentId, ObjectId, blocks_of, run_span
 from cache.order.batches import Cursor
 from cache.order.lookahead import Visit
+from cache.order.outline import Part, Table, spans
+from cache.order.prospect import Outline
 from cache.order.schedule import Schedule, parse_shuffle
 from cache.residency import messages as m
 from cache.residency.budget import Budget
@@ -39,6 +41,11 @@ class Data:
     def shard(self, shard_idx: int) -> ObjectId:
         return ObjectId(f"s3://{self.name}/{shard_idx:05d}.tar", '"1"', self.samples_per_shard * self.sample_bytes)
 
+    def table(self) -> Table:
+        shards = tuple(self.shard(idx) for idx in range(self.num_shards))
+        parts = (Part(idx, 0, shard.size_bytes, self.samples_per_shard) for idx, shard in enumerate(shards))
+        return Table(shards, tuple(parts))
+
 
 @dataclass(frozen=True)
 class Job:
@@ -55,6 +62,8 @@ class Job:
     world_size: int = 1
     starts_at_s: float = 0.0
     announces: bool = True
+    outlines: bool = True
+    """Whether it says, beyond its announced visits, what function its order is."""
 
     @property
     def schedule(self) -> Schedule:
@@ -117,6 +126,7 @@ class Simulation:
         self._requests: dict[int, Callable[[], None]] = {}
         self._request_ids = itertools.count(1)
         self._readers = [_Reader(job, f"job{idx}", _visits(job)) for idx, job in enumerate(jobs)]
+        self._tables: dict[Data, Table] = {}
         self.peak_bytes = 0
 
     def run(self) -> list[list[EpochResult]]:
@@ -150,6 +160,13 @@ class Simulation:
             visits += batch
         if visits and reader.job.announces:
             self._step(m.OrderAnnounced(reader.name, reader.name, tuple(visits)))
+            if reader.job.outlines and not reader.num_announced:
+                self._step(m.OrderOutlined(reader.name, reader.name, self._outline(reader.job)))
+        reader.num_announced += len(visits)
+
+    def _outline(self, job: Job) -> Outline:
+        table = self._tables.setdefault(job.data, job.data.table())
+        return Outline(table, job.schedule, job.rank, job.world_size, 0, 0, job.batch_size / job.world_size)
 
     def _ask(self, reader: _Reader) -> None:
         """The next step's samples are asked for, while the last step computes."""
@@ -213,6 +230,9 @@ class Simulation:
                 case m.Answer(request_id, _, _, error):
                     assert error is None, error
                     self._at(self._now, self._requests.pop(request_id))
+                case m.ComputeEpoch(group, epoch, table, schedule, ranks, world_size):
+                    found = spans(table, schedule, epoch, ranks=ranks, world_size=world_size)
+                    self._tell(0.0, m.EpochComputed(group, epoch, found))
                 case _:
                     pass
 

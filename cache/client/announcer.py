@@ -18,7 +18,7 @@ from cache.client.stream import Stream
 from cache.order.batches import Cursor
 from cache.order.mixing import Mixture
 from cache.order.permutation import Indices
-from cache.order.schedule import Schedule
+from cache.order.schedule import Schedule, shuffle_name
 
 LOOKAHEAD_SAMPLES = 8192
 """How far ahead of the reader visits are announced. At 100 KB a sample this is 0.8 GB, more than a fetch window
@@ -40,6 +40,10 @@ class Visitable(Protocol):
         ...
 
     def visits(self, samples: Ints) -> tuple[list[tuple[str, int, int]], Ints]: ...
+
+    def outlined_objects(self) -> bytes | None:
+        """All shards and the parts that shuffles permute, as wire.pack_outlined makes it; None where that cannot be said."""
+        ...
 
 
 class Announcer:
@@ -82,6 +86,25 @@ class Announcer:
         # The nearest first, so that they are being fetched while the rest is told: nothing is more urgent than filling an empty pipeline.
         self._announce_up_to(FIRST_SAMPLES)
         self._announce_up_to(self._lookahead)
+        self._outline()
+
+    def _outline(self) -> None:
+        """What comes behind the announced visits, as the function that it is."""
+        assert self._stream is not None
+        objects = self._dataset.outlined_objects()
+        if isinstance(self._schedule, Mixture) or objects is None or not self._visits_until:
+            return
+        order = {
+            "global_batch_size": self._schedule.global_batch_size,
+            "seed": self._schedule.seed,
+            "shuffle": shuffle_name(self._schedule.shuffle),
+            "drop_last": self._schedule.drop_last,
+            "rank": self._rank,
+            "world_size": self._world_size,
+            "first_step": self._consumed.epoch * self._schedule.plan.num_steps + self._consumed.step,
+            "visits_per_step": self._num_visits / len(self._visits_until),
+        }
+        self._stream.outline(order, objects)
 
     def consumed(self, cursor: Cursor) -> None:
         """All batches before this place have been read."""

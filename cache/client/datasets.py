@@ -26,7 +26,9 @@ from cache.client.handles import OpenShards
 from cache.client.indexing import AnyFormat, build_index
 from cache.client.stats import ReaderStats
 from cache.client.units import DEFAULT_MAX_BYTES, Units
+from cache.daemon import wire
 from cache.errors import FormatError
+from cache.origin.urls import canonical_url
 
 RawSample = dict[str, Any]
 """What `decode` is given: each member's bytes under its extension ("png", "cls"), or each column's value under its name (MDS,
@@ -113,6 +115,16 @@ class ShardDataset(Dataset[Any]):
     def visits(self, samples: Ints) -> tuple[list[tuple[str, int, int]], Ints]:
         """What reading these samples will touch, for `Stream.announce`: see SampleIndex.visits."""
         return self.index.visits(samples)
+
+    def outlined_objects(self) -> bytes | None:
+        """See Visitable; None for so many objects that the daemon would spend more memory on them than it saves anybody."""
+        if len(self.index.shards) > wire.MAX_OUTLINED or len(self.shard_sizes) > wire.MAX_OUTLINED:
+            return None
+        parts = self.index.parts()
+        if parts is None:
+            return None
+        shards = [(canonical_url(shard.url), shard.etag, shard.size_bytes) for shard in self.index.shards]
+        return wire.pack_outlined(shards, parts)
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key not in ("_shards", "_units")}

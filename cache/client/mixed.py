@@ -77,6 +77,10 @@ class MixedDataset(Dataset[Any]):
     def etags(self) -> Mapping[str, str]:
         return {url: etag for dataset in self.datasets for url, etag in dataset.etags.items()}
 
+    def outlined_objects(self) -> bytes | None:
+        """The order of a mixture is told visit by visit only."""
+        return None
+
     def visits(self, samples: Ints) -> tuple[list[tuple[str, int, int]], Ints]:
         """See SampleIndex.visits."""
         counts = np.zeros(len(samples), dtype=np.int64)

@@ -28,6 +28,7 @@ class Stream:
         self._ahead: deque[tuple[str, int, int]] = deque()
         self._num_behind = 0
         self._link_offset = 0
+        self._outline: tuple[dict[str, Any], bytes] | None = None
         door.members.add(self)
 
     def announce(self, visits: Sequence[tuple[str, int, int]], etags: Mapping[str, str] | None = None) -> None:
@@ -41,6 +42,21 @@ class Stream:
         self._ahead.extend(visits)
         if link is not None:
             self._tell_visits(link, visits)
+
+    def outline(self, order: Mapping[str, Any], objects: bytes) -> None:
+        """What will be read beyond the announced visits, as a function: see `wire.pack_outline`. Told again to a new daemon."""
+        if not self._is_mine:
+            return
+        self._outline = (dict(order), objects)
+        link = self._linked()
+        if link is not None:
+            self._tell_outline(link)
+
+    def _tell_outline(self, link: Link) -> None:
+        if self._outline is not None:
+            order, objects = self._outline
+            header = {"op": "outline", "stream": self._name, **order, "first_visit": -self._link_offset}
+            self._tell(link, header, objects)
 
     def advance(self, num_visits: int) -> None:
         """The first `num_visits` announced visits, counted from the stream's beginning, are behind the reader."""
@@ -72,6 +88,7 @@ class Stream:
             self._link_offset = self._num_behind
             if self._ahead:
                 self._tell_visits(link, list(self._ahead))
+            self._tell_outline(link)
         return link
 
     def _tell_visits(self, link: Link, visits: Sequence[tuple[str, int, int]]) -> None:

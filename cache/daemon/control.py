@@ -23,6 +23,7 @@ from cache.daemon.config import DaemonConfig
 from cache.daemon.hands import Hands
 from cache.daemon.indexes import Indexes
 from cache.daemon.lending import Lending
+from cache.daemon.outlines import Outlines
 from cache.daemon.peerconfig import PeerConfig
 from cache.daemon.peers import Peers, listen, node_id_of
 from cache.daemon.people import People
@@ -85,6 +86,7 @@ class Control:
         self._health_said_s = 0.0
         self._listener: socket.socket | None = None
         self.people = People(self)
+        self.outlines = Outlines(self._step)
         self.indexes = Indexes(
             directory.path, lambda: self.residency.budget.capacity_bytes, self._ask, self._step, self._request_ids
         )
@@ -331,6 +333,8 @@ class Control:
                 self._spawn(self.hands.remove(action))
             case m.RemoveHeld():
                 self._spawn(self.hands.remove_held(action))
+            case m.ComputeEpoch():
+                self._spawn(self.outlines.compute(action))
             case m.ProbeDisk():
                 self._spawn(self.hands.probe(action))
             case m.ReadTable():

@@ -19,7 +19,8 @@ Requests and their answers (each request with an `id` is answered exactly once, 
 Between answers a reader may be told {"evicted": true}: files that it holds were evicted and their space is needed.
 
 and without an answer: hint {content_id, first, end}, release {content_id, extent_idx, generation}, announce {stream, urls, num_visits} +
-visits, advance {stream, num_visits}, close_stream {stream}, report {stats},
+visits, outline {stream, shuffle, seed, global_batch_size, drop_last, rank, world_size, first_step, first_visit, visits_per_step} + objects,
+advance {stream, num_visits}, close_stream {stream}, report {stats},
 suspect {content_id, extent_idx}.
 """
 
@@ -94,9 +95,9 @@ class Session:
             self._spawn(self._in_turn(op, request))
         elif op in _TOLD:
             _TOLD[op](self, request)
-        elif op == "announce":
+        elif op in ("announce", "outline"):
             self._num_announcing += 1
-            self._spawn(self._announce(frame))
+            self._spawn(self._announce(frame) if op == "announce" else self._outline(frame))
         elif len(self._tasks) >= MAX_REQUESTS_PER_CONNECTION:
             raise wire.ProtocolError(f"more than {MAX_REQUESTS_PER_CONNECTION} requests at once on one connection")
         elif op == "keep":
@@ -266,6 +267,16 @@ class Session:
                 await self._control.announce(self._client_id, stream_id, list(zip(urls, etags, strict=True)), visits)
             except (CacheError, wire.ProtocolError, KeyError) as error:
                 log.warning("an announced order was ignored: %s", error)
+            finally:
+                self._num_announcing -= 1
+
+    async def _outline(self, frame: wire.Frame) -> None:
+        async with self._in_order:
+            try:
+                stream_id = self._clients.stream_id(self._client_id, str(frame.header["stream"]))
+                await self._control.outlines.told(self._client_id, stream_id, frame)
+            except (wire.ProtocolError, KeyError, TypeError, ValueError) as error:
+                log.warning("an outlined order was ignored: %s: %s", type(error).__name__, error)
             finally:
                 self._num_announcing -= 1
 

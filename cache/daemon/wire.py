@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import struct
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,6 +79,31 @@ def pack_visits(urls: list[str], visits: list[tuple[int, int, int]]) -> tuple[di
     """An announced order as header fields and body; a visit is (index into urls, offset, length), each below 2**63."""
     flat = array("q", [number for visit in visits for number in visit])
     return {"urls": urls, "num_visits": len(visits)}, flat.tobytes()
+
+
+MAX_OUTLINED = 1 << 17
+"""Objects, and parts, of an outline: the daemon keeps half a KB for each."""
+
+
+def pack_outlined(objects: Sequence[tuple[str, str, int]], parts: Sequence[tuple[int, int, int, int]]) -> bytes:
+    """The body of an outline: objects as (url, etag, size), and the parts that a shuffle permutes as (object, start, end, samples)."""
+    return json.dumps({"objects": objects, "parts": parts}).encode()
+
+
+def unpack_outlined(body: bytes) -> tuple[list[tuple[str, str, int]], list[tuple[int, int, int, int]]]:
+    """The inverse of pack_outlined. Raises ProtocolError when the body does not hold together."""
+    try:
+        found = json.loads(body)
+        objects = [(str(url), str(etag), int(size)) for url, etag, size in found["objects"]]
+        parts = [(int(idx), int(start), int(end), int(count)) for idx, start, end, count in found["parts"]]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ProtocolError(f"an outline that is none: {error!r}") from error
+    if max(len(objects), len(parts)) > MAX_OUTLINED or min(len(objects), len(parts)) < 1:
+        raise ProtocolError(f"an outline of {len(objects)} objects in {len(parts)} parts")
+    for idx, start, end, count in parts:
+        if not (0 <= idx < len(objects) and 0 <= start <= end <= objects[idx][2] and count >= 0):
+            raise ProtocolError(f"a part [{start}, {end}) of object {idx} with {count} samples")
+    return objects, parts
 
 
 def unpack_etags(frame: Frame) -> list[str | None]:

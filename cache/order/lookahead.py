@@ -84,6 +84,11 @@ class Lookahead:
             return None
         return min(numbers[0] - self._streams[stream_id].position for stream_id, numbers in uses.items())
 
+    def progress(self, stream_id: str) -> tuple[int, int]:
+        """How many visits of a stream are behind its reader, and how many were announced; (0, 0) for one that announced none."""
+        stream = self._streams.get(stream_id)
+        return (0, 0) if stream is None else (stream.position, stream.end)
+
     def next_candidate(self, is_needed: Callable[[str, int], bool]) -> tuple[Visit, int, float] | None:
         """The nearest visit with a block that `is_needed(content_id, block)`: the visit, the first such block, and the distance in
         visits; None when there is none.

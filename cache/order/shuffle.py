@@ -98,11 +98,19 @@ class _WindowedOrder:
     def __init__(self, sizes: Indices, window: int, seed: int, epoch: int) -> None:
         self.num_samples = int(sizes.sum())
         self._key = (seed, epoch)
+        self._window = window
         self._shards = KeyedPermutation(len(sizes), ("shards", seed, epoch))(range(len(sizes)))
         self._first_sample = np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(np.int64)
         # Where each shuffled shard, and each window of them, begins among the positions of the epoch.
         self._shard_starts = np.concatenate([[0], np.cumsum(sizes[self._shards])]).astype(np.int64)
         self._window_starts = np.append(self._shard_starts[:-1:window], self.num_samples)
+
+    def part_windows(self) -> tuple[Indices, Indices]:
+        windows = np.arange(len(self._shards)) // self._window
+        starts, ends = np.empty_like(self._shards), np.empty_like(self._shards)
+        starts[self._shards] = self._window_starts[windows]
+        ends[self._shards] = self._window_starts[windows + 1]
+        return starts, ends
 
     def samples_at(self, positions: ArrayLike | range) -> Indices:
         asked = _checked(positions, self.num_samples)
@@ -118,6 +126,16 @@ class _WindowedOrder:
         return np.asarray(
             self._first_sample[self._shards[ranks]] + (places - self._shard_starts[ranks]), dtype=np.int64
         )
+
+
+def part_windows(order: EpochOrder) -> tuple[Indices, Indices]:
+    """Of a windowed order: for each shard, where the window that it stands in begins and ends among the positions of the epoch.
+
+    >>> [edges.tolist() for edges in part_windows(epoch_order(Windowed(2), [3, 3, 3], seed=0, epoch=0))]
+    [[6, 0, 0], [9, 6, 6]]
+    """
+    assert isinstance(order, _WindowedOrder), order
+    return order.part_windows()
 
 
 def _checked(positions: ArrayLike | range, num_samples: int) -> Indices:

@@ -59,6 +59,7 @@ class Residency:
         s.now = max(now, s.now)
         s.actions = []
         s.prefetch_is_stuck &= isinstance(event, _CHANGES_NO_PREFETCH)
+        s.all_is_worth_keeping &= not isinstance(event, _CHANGES_WORTH)
         _HANDLERS[type(event)](s, event)
         pump(s)
         for content_id in s.maybe_unused:
@@ -159,6 +160,8 @@ _HANDLERS: dict[type, Callable[[State, Any], None]] = {
     m.ExtentReleased: on_readers.extent_released,
     m.ClientGone: on_readers.client_gone,
     m.OrderAnnounced: on_readers.order_announced,
+    m.OrderOutlined: on_readers.order_outlined,
+    m.EpochComputed: on_readers.epoch_computed,
     m.OrderAdvanced: on_readers.order_advanced,
     m.StreamClosed: on_readers.stream_closed,
     m.ExtentCreated: on_disk.extent_created,
@@ -179,5 +182,17 @@ _HANDLERS: dict[type, Callable[[State, Any], None]] = {
     m.SpaceReturned: on_shelf.space_returned,
     m.TimePassed: on_disk.time_passed,
 }
+
+_CHANGES_WORTH = (
+    m.OrderAdvanced,
+    m.OrderOutlined,
+    m.EpochComputed,
+    m.StreamClosed,
+    m.ClientGone,
+    m.CapacityChanged,
+    m.DiskSeen,
+    m.TimePassed,
+)
+"""After these, an extent that was worth keeping may be so no longer."""
 
 _CHANGES_NO_PREFETCH = (m.BlocksChecked, m.BlocksWanted, m.ExtentHeld, m.ObjectOpened, m.CheckAsked, m.ScrubDue)

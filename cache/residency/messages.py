@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from cache.blocks import ExtentId, ObjectId
 from cache.errors import CacheError
 from cache.order.lookahead import Visit
+from cache.order.prospect import Outline
+
+if TYPE_CHECKING:
+    from cache.order.outline import Spans, Table
+    from cache.order.schedule import Schedule
 
 # -- events --
 
@@ -142,6 +148,24 @@ class OrderAnnounced:
 class OrderAdvanced:
     stream_id: str
     num_visits: int
+
+
+@dataclass(frozen=True)
+class OrderOutlined:
+    """What a reader will use beyond the visits that it announces."""
+
+    client_id: str
+    stream_id: str
+    outline: Outline
+
+
+@dataclass(frozen=True)
+class EpochComputed:
+    """The answer to ComputeEpoch."""
+
+    group: int
+    epoch: int
+    spans: Spans
 
 
 @dataclass(frozen=True)
@@ -310,6 +334,8 @@ Event = (
     | ExtentReleased
     | ClientGone
     | OrderAnnounced
+    | OrderOutlined
+    | EpochComputed
     | OrderAdvanced
     | StreamClosed
     | ExtentCreated
@@ -409,6 +435,19 @@ class ProbeDisk:
 
 
 @dataclass(frozen=True)
+class ComputeEpoch:
+    """Work out when an epoch uses each extent (order/outline.py: `spans`), and report it by EpochComputed. Takes up to a second for very
+    many objects, so it is done where it holds nobody up."""
+
+    group: int
+    epoch: int
+    table: Table
+    schedule: Schedule
+    ranks: tuple[int, ...]
+    world_size: int
+
+
+@dataclass(frozen=True)
 class Answer:
     """The end of a request: the blocks are readable in `generation`, or `error` says why not. `cause` says what was waited for."""
 
@@ -419,5 +458,14 @@ class Answer:
 
 
 Action = (
-    PublishWord | CreateExtent | RemoveExtent | RemoveHeld | ReadTable | FetchBlocks | CheckBlocks | ProbeDisk | Answer
+    PublishWord
+    | CreateExtent
+    | RemoveExtent
+    | RemoveHeld
+    | ReadTable
+    | FetchBlocks
+    | CheckBlocks
+    | ProbeDisk
+    | ComputeEpoch
+    | Answer
 )

@@ -22,8 +22,7 @@ nobody had said before that it would be read, so it could not be here in time; `
 
 
 def object_opened(s: State, event: m.ObjectOpened) -> None:
-    s.residents.learn(event.object_id).clients.add(event.client_id)
-    s.opened_by.setdefault(event.client_id, set()).add(event.object_id.content_id)
+    s.know(event.client_id, event.object_id)
 
 
 def blocks_wanted(s: State, event: m.BlocksWanted) -> None:
@@ -204,15 +203,36 @@ def client_gone(s: State, event: m.ClientGone) -> None:
 
 def order_announced(s: State, event: m.OrderAnnounced) -> None:
     s.lookahead.announce(event.stream_id, event.visits)
+    s.foresight.prospect.refresh(event.stream_id)
+
+
+def order_outlined(s: State, event: m.OrderOutlined) -> None:
+    s.foresight.clients[event.stream_id] = event.client_id
+    s.foresight.prospect.outline(event.stream_id, event.outline)
+    _compute_epochs(s, event.stream_id)
+
+
+def epoch_computed(s: State, event: m.EpochComputed) -> None:
+    s.foresight.prospect.computed(event.group, event.epoch, event.spans)
+
+
+def _compute_epochs(s: State, stream_id: str) -> None:
+    for group, epoch in s.foresight.prospect.wanted_epochs(stream_id):
+        s.actions.append(
+            m.ComputeEpoch(group.number, epoch, group.table, group.schedule, group.ranks, group.world_size)
+        )
 
 
 def order_advanced(s: State, event: m.OrderAdvanced) -> None:
     s.lookahead.advance(event.stream_id, event.num_visits)
     hasten_what_is_near(s)
+    s.foresight.prospect.refresh(event.stream_id)
+    _compute_epochs(s, event.stream_id)
 
 
 def stream_closed(s: State, event: m.StreamClosed) -> None:
     s.lookahead.close(event.stream_id)
+    s.foresight.close(event.stream_id)
 
 
 def evict_asked(s: State, event: m.EvictAsked) -> None:

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from functools import partial
 from itertools import islice
 
-from cache.blocks import BLOCKS_PER_FETCH, ExtentId, extent_of
+from cache.blocks import BLOCKS_PER_EXTENT, BLOCKS_PER_FETCH, ExtentId, extent_of
+from cache.errors import CapacityError
 from cache.residency import messages as m
 from cache.residency.blockstate import BlockMove, BlockState
 from cache.residency.budget import STALE_HOLD_S
@@ -17,6 +18,9 @@ from cache.residency.room import make_room, shrink
 from cache.residency.runs import reach, run_around
 from cache.residency.state import State
 from cache.residency.waiting import BlockKey
+
+MAX_PLANNED_AT_ONCE = 8
+"""So many of the extents beyond what was announced are fetched at the same time."""
 
 
 def pump(s: State) -> None:
@@ -91,7 +95,7 @@ def _start_prefetch(s: State) -> bool:
             return True
     candidate = s.lookahead.next_candidate(partial(_is_needed, s))
     if candidate is None:
-        return False
+        return _start_planned(s)
     visit, block, distance = candidate
     if not _has_room(s, (visit.content_id, block), is_demand=False):
         return False
@@ -104,6 +108,32 @@ def _start_prefetch(s: State) -> bool:
     size = reach(distance, visit.end - visit.first)
     _start_run(s, extent, block, size, min(visit.end, extent.block_indices.stop), is_demand=False)
     return True
+
+
+def _start_planned(s: State) -> bool:
+    """Starts what is worth fetching beyond all that was announced, the nearest extents first."""
+    s.worth_keeping()  # Looks again at what is worth fetching, if it is time.
+    planned = s.foresight.planned
+    for one in list(islice(planned, MAX_PLANNED_AT_ONCE)):
+        extent = s.residents.extents.get(one.extent)
+        first = one.extent.extent_idx * BLOCKS_PER_EXTENT
+        if not _has_room(s, (one.extent.content_id, first), is_demand=False):
+            return False
+        if extent is None:
+            try:
+                s.know(one.client_id, one.object_id)
+            except CapacityError:
+                planned.remove(one)
+                continue
+            return _new_extent(s, (one.extent.content_id, first), one.distance, is_demand=False) is not None
+        if not extent.is_open:
+            continue
+        if any(_may_come(s, extent, block) for block in extent.block_indices):
+            block = next(block for block in extent.block_indices if _may_come(s, extent, block))
+            _start_run(s, extent, block, BLOCKS_PER_FETCH, block + 1, is_demand=False, is_planned=True)
+            return True
+        planned.remove(one)
+    return False
 
 
 def _has_room(s: State, key: BlockKey, *, is_demand: bool) -> bool:
@@ -144,7 +174,9 @@ def _may_come(s: State, extent: Extent, block: int) -> bool:
     )
 
 
-def _start_run(s: State, extent: Extent, block: int, size: int, own_end: int, *, is_demand: bool) -> None:
+def _start_run(
+    s: State, extent: Extent, block: int, size: int, own_end: int, *, is_demand: bool, is_planned: bool = False
+) -> None:
     """Starts one fetch (or one check of what was found on disk) of a block and what may come with it."""
     state, content_id = extent.state(block), extent.key.content_id
     if state not in (BlockState.ABSENT, BlockState.UNVERIFIED):
@@ -160,7 +192,8 @@ def _start_run(s: State, extent: Extent, block: int, size: int, own_end: int, *,
             return False
         if is_demand or key in s.demand:
             return key in s.demand
-        return (key in s.hints or s.lookahead.is_announced(*key)) and not s.patience.is_cooling(key, s.now)
+        is_to_come = is_planned or key in s.hints or s.lookahead.is_announced(*key)
+        return is_to_come and not s.patience.is_cooling(key, s.now)
 
     run = run_around(block, size, own_end, may_come)
     for neighbour in run:
@@ -268,7 +301,7 @@ def _new_extent(s: State, key: BlockKey, own_next_use: float, is_demand: bool) -
         return None
     extent_idx = extent_of(key[1])
     size = s.size_of(key[0], extent_idx)
-    if not make_room(s, size, 1, own_next_use):
+    if not make_room(s, size, 1, own_next_use, is_ahead=not is_demand):
         if is_demand and size > s.budget.bound_bytes:
             s.refuse_for_room(key)  # Waiting would not help.
         elif is_demand:
@@ -278,6 +311,7 @@ def _new_extent(s: State, key: BlockKey, own_next_use: float, is_demand: bool) -
     extent = s.residents.add_extent(known, extent_idx, generation, size, s.now, Uses(s.tick()))
     extent.num_waiters = s.waiting.count_for(extent.key)
     s.budget.take(size)
+    s.foresight.changed()
     s.opening.add(extent.key)
     s.actions.append(m.CreateExtent(known.object_id, extent_idx, generation))
     return extent

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 
 from cache.blocks import ExtentId
-from cache.residency.policy import Candidate
+from cache.residency.policy import UNKNOWN_USE, Candidate
 from cache.residency.residents import Extent
 from cache.residency.state import State
 
@@ -22,8 +22,9 @@ PAUSE_S_PER_EXTENT = 2e-5
 """After a look at all extents that freed nothing: about as long as that look took, so that looking is never most of what is done."""
 
 
-def make_room(s: State, need_bytes: int, need_files: int, own_next_use: float) -> bool:
-    """True when `need_bytes` are free now. Evicts if that is worth it; what readers still hold comes free later."""
+def make_room(s: State, need_bytes: int, need_files: int, own_next_use: float, *, is_ahead: bool = False) -> bool:
+    """True when `need_bytes` are free now. Evicts if that is worth it; what readers still hold comes free later. `is_ahead`: nobody waits
+    for what comes, so it displaces only what would go anyway before its next use (keeping.py)."""
     budget = s.budget
     if need_bytes > budget.bound_bytes:
         return False
@@ -31,7 +32,14 @@ def make_room(s: State, need_bytes: int, need_files: int, own_next_use: float) -
     short = need_bytes - budget.free_bytes - back_bytes
     short_files = need_files - budget.free_files - back_files
     if short > 0 or short_files > 0:
-        for victim in _victims(s, short, short_files, own_next_use):
+        worth_keeping = s.worth_keeping() if is_ahead else 0.0
+        if own_next_use <= s.foresight.near:
+            worth_keeping = 0.0
+        if worth_keeping and (s.all_is_worth_keeping or worth_keeping < own_next_use < UNKNOWN_USE):
+            return False  # What comes would itself go before it is used.
+        victims = _victims(s, short, short_files, max(own_next_use, worth_keeping))
+        s.all_is_worth_keeping = bool(worth_keeping) and not victims
+        for victim in victims:
             s.evict(s.residents.extents[victim])
     return need_bytes <= budget.free_bytes and need_files <= budget.free_files
 

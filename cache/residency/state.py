@@ -10,12 +10,13 @@ import random
 from collections import OrderedDict, deque
 from dataclasses import dataclass
 
-from cache.blocks import ExtentId, extent_of, extent_span
+from cache.blocks import ExtentId, ObjectId, extent_of, extent_span
 from cache.errors import CacheError, CapacityError
 from cache.order.lookahead import Lookahead
 from cache.residency import messages as m
 from cache.residency.budget import INDEX_BYTES_PER_EXTENT, UNKNOWN_READERS, Budget
 from cache.residency.demand import Demand
+from cache.residency.foresight import Foresight
 from cache.residency.health import DiskHealth
 from cache.residency.origins import Origins
 from cache.residency.patience import Patience
@@ -83,6 +84,7 @@ class State:
         self.patience = patience
         self.counters = Totals()
         self.lookahead = Lookahead()
+        self.foresight = Foresight(self.lookahead)
         self.residents = Residents(Slots(num_words))
         self.in_flight = 0
         self.origins = Origins(limits.max_in_flight)
@@ -113,12 +115,19 @@ class State:
         """Who goes next, as the last look at all extents had it."""
         self.next_full_look_s = 0.0
         self.prefetch_is_stuck = False
+        self.all_is_worth_keeping = False
+        """Nothing could go for a fetch ahead; to look again for every block that lands would cost a look at every extent."""
         self.maybe_unused: set[str] = set()
         self.next_generation = 1
         self.num_evictions = 0
         self.use_clock = 0
         self.now = 0.0
         self.actions: list[m.Action] = []
+
+    def know(self, client_id: str, object_id: ObjectId) -> None:
+        """An object that a reader has open, or will have. Raises CapacityError when the table of words is full."""
+        self.residents.learn(object_id).clients.add(client_id)
+        self.opened_by.setdefault(client_id, set()).add(object_id.content_id)
 
     def queue(self, key: BlockKey, *, first: bool = False) -> None:
         """The block is to come: demanded if somebody waits for it, else when there is room. `first`: before all others."""
@@ -152,6 +161,7 @@ class State:
         if is_old:
             extent.holders[UNKNOWN_READERS] = 1
         del self.residents.extents[extent.key]
+        self.foresight.changed()
         self.opening.discard(extent.key)
         if extent.holders:
             self.budget.haunt(extent.key, extent.generation, extent.size_bytes, extent.holders, self.now)
@@ -255,4 +265,9 @@ class State:
 
     def next_use_of(self, extent: ExtentId) -> float:
         distance = self.lookahead.next_use(extent)
-        return distance if distance is not None else UNKNOWN_USE
+        return self.foresight.prospect.next_use(extent, UNKNOWN_USE if distance is None else distance)
+
+    def worth_keeping(self) -> float:
+        """The next use up to which a fetch ahead of its reader displaces nothing (residency/keeping.py)."""
+        beside = self.limits.label_bytes + INDEX_BYTES_PER_EXTENT
+        return self.foresight.horizon(self.residents.extents, self.budget.bound_bytes, beside)

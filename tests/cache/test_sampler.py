@@ -183,6 +183,10 @@ class RecordingStream:
         self.num_behind = 0
         self.is_closed = False
         self.num_messages = 0
+        self.outlines: list[dict[str, Any]] = []
+
+    def outline(self, order: Mapping[str, Any], objects: bytes) -> None:
+        self.outlines.append(dict(order))
 
     def announce(self, visits: Sequence[tuple[str, int, int]], etags: Mapping[str, str]) -> None:
         self.visits.extend(visits)
@@ -209,6 +213,9 @@ class RecordingDataset:
         return self.streams[-1]
 
     etags: ClassVar[dict[str, str]] = {}
+
+    def outlined_objects(self) -> bytes:
+        return b""
 
     def visits(self, samples: Any) -> tuple[list[tuple[str, int, int]], Any]:
         counts = 1 + samples % 3
@@ -256,6 +263,8 @@ def test_next_epoch_goes_on_in_the_same_stream_and_a_jump_begins_a_new_one() -> 
     assert len(dataset.streams) == 1
     announcer.seek(Cursor(90, 3))
     assert [stream.is_closed for stream in dataset.streams] == [True, False]
+    told = [stream.outlines[0]["first_step"] for stream in dataset.streams]
+    assert told == [0, 90 * 100 + 3], "the function of the order holds from where the stream begins"
     assert (
         dataset.streams[1].visits
         == expected_visits(schedule, Cursor(90, 3), 0, 1, 1100)[: len(dataset.streams[1].visits)]

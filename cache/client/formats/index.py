@@ -185,6 +185,18 @@ class SampleIndex:
         lengths = self.offsets[lasts] + self.lengths[lasts] - offsets if num_members else offsets
         return np.searchsorted(firsts, self.member_starts).astype(np.int64), offsets, lengths
 
+    def parts(self) -> list[tuple[int, int, int, int]] | None:
+        """(shard, start, end, samples) of each part that shuffles permute, or None where parts are both shards and units."""
+        if self.unit_starts is None or self.part_sizes is None:
+            return [(i, 0, s.size_bytes, n) for i, (s, n) in enumerate(zip(self.shards, self.shard_sizes, strict=True))]
+        starts, offsets, lengths = self._spans
+        if len(self.part_sizes) != len(self.unit_starts) - 1 or (np.diff(starts) < 1).any():
+            return None
+        first = np.minimum.reduceat(offsets, starts[:-1]).tolist()
+        end = np.maximum.reduceat(offsets + lengths, starts[:-1]).tolist()
+        shards = self.shard_of(self.unit_starts[:-1]).tolist()
+        return list(zip(shards, first, end, self.part_sizes, strict=True))
+
     def spans(self, sample: int) -> list[tuple[int, int]]:
         """(offset, length) of the pieces of the shard that hold a sample."""
         return self.described(np.array([sample], dtype=np.int64))[0].spans
