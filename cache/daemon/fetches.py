@@ -18,6 +18,7 @@ from typing import Any
 from cache.daemon.blockfetch import BlockFetch, read_run
 from cache.daemon.borrowing import answer_check, as_peer_error, peer_target
 from cache.daemon.peerauth import Ask
+from cache.daemon.starvation import Starvation
 from cache.errors import CacheError, CapacityError, CorruptBlock, DiskError, OriginUnavailable
 from cache.origin.plain_http import Connections, Head, NotPlain, PlainTarget
 from cache.origin.registry import origin_for
@@ -58,11 +59,19 @@ class Fetches:
         self._running: dict[int, _Running] = {}
         self.peering: Peering | None = None
         """How peers are spoken to; None: there are none."""
+        self._starvation = Starvation()
         self._whole = asyncio.Semaphore(MAX_WHOLE)
         self._reading: set[asyncio.Future[float]] = set()
 
     async def fetch(self, request: dict[str, Any]) -> dict[str, Any]:
         """The answer: {seconds, first_byte_s, write_s, silence_s}, or {failed, done, crc} with how far it came. Raises CapacityError."""
+        with self._starvation.watch() as watch:
+            answer = await self._fetch(request)
+            if "write_s" in answer:
+                answer["write_s"] = watch.without(answer["write_s"])
+            return answer
+
+    async def _fetch(self, request: dict[str, Any]) -> dict[str, Any]:
         began_s = time.monotonic()
         run = _open_run(request)
         try:

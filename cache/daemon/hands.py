@@ -18,6 +18,7 @@ from cache.daemon.fetcher import Fetcher, FetchResult
 from cache.daemon.holds import Holds
 from cache.daemon.peers import Peers
 from cache.daemon.pool import WorkerPool
+from cache.daemon.starvation import Starvation
 from cache.errors import CacheError, CorruptBlock, DiskError, ObjectChanged, OriginUnavailable, PeerError
 from cache.residency import messages as m
 from cache.residency.budget import Budget
@@ -65,6 +66,7 @@ class Hands:
         self.space: DiskSpace | None = None
         """What the file system had left when it was looked at last."""
         self.holds = Holds(self.with_index, tell)
+        self._starvation = Starvation()
         self._index: Index | None = None
         self._disk = ThreadPoolExecutor(max_workers=1, thread_name_prefix="disk")
 
@@ -212,14 +214,15 @@ class Hands:
     async def _create(self, action: m.CreateExtent, made: asyncio.Future[None]) -> None:
         extent = ExtentId(action.object_id.content_id, action.extent_idx)
         started = time.monotonic()
-        try:
-            await made
-        except CacheError as error:
-            log.warning("%s", error)
-            self._tell(m.ExtentFailed(extent, action.generation, error))
-            return
+        with self._starvation.watch() as watch:
+            try:
+                await made
+            except CacheError as error:
+                log.warning("%s", error)
+                self._tell(m.ExtentFailed(extent, action.generation, error))
+                return
+            seconds = watch.without(time.monotonic() - started)
         self._tell(m.ExtentCreated(extent, action.generation))
-        seconds = time.monotonic() - started
         if seconds > SLOW_S:
             self._tell(m.DiskTroubled(slow_disk_error("making a file", seconds)))
 
