@@ -45,11 +45,11 @@ def _stat(pid: int) -> tuple[str, int]:
     return fields[0], int(fields[19])
 
 
-def wait_until(claim: Callable[[], object], what: str) -> None:
+def wait_until(claim: Callable[[], object], what: str, patience_s: float = PATIENCE_S) -> None:
     """Fails the test if the claim does not hold in time."""
-    deadline = time.monotonic() + PATIENCE_S
+    deadline = time.monotonic() + patience_s
     while not claim():
-        assert time.monotonic() < deadline, f"waited {PATIENCE_S:g} s for: {what}"
+        assert time.monotonic() < deadline, f"waited {patience_s:g} s for: {what}"
         time.sleep(0.02)
 
 
@@ -119,9 +119,9 @@ class Launched:
             assert (self.directory / name).exists(), self.process.communicate()
         self.look()
 
-    def finish(self) -> tuple[int, str, str]:
-        """Waits for the end: exit code, standard output, standard error."""
-        out, err = self.process.communicate(timeout=PATIENCE_S * 2)
+    def finish(self, patience_s: float = PATIENCE_S * 2) -> tuple[int, str, str]:
+        """Waits for the end: exit code, standard output, standard error. patience_s: more, for a job of several attempts."""
+        out, err = self.process.communicate(timeout=patience_s)
         return self.process.returncode, out.decode("utf-8", "surrogateescape"), err.decode("utf-8", "surrogateescape")
 
     def read_available(self) -> bytes:

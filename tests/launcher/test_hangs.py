@@ -73,7 +73,7 @@ def test_whoever_holds_up_the_job_is_named_with_stacks_on_disk_and_the_job_start
     options = ["--nproc-per-node", "2", "--max-restarts", "4", "--hang-timeout", "1"]
     (tmp_path / "train.py").write_text(HANGS)
     with Launched(tmp_path, *options, "train.py", program=["-c", WITHOUT_NATIVE_FRAMES]) as launched:
-        code, _, err = launched.finish()
+        code, _, err = launched.finish(patience_s=170)
     assert code == 0, err
     hung = [(entry.fields["attempt"], entry.fields["rank"]) for entry in launched.journal("RankHung")]
     assert hung == [(attempt, rank) for attempt, (rank, _, _) in CASES.items()], err
@@ -174,14 +174,14 @@ sys.exit(main())
 
 
 @pytest.mark.e2e
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 def test_what_healthy_jobs_do_for_longer_than_the_learnt_limit_is_no_hang_and_a_stopped_rank_is(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(HEALTHY)
     options = ["--nproc-per-node", "2", "train.py"]
     with Launched(tmp_path, *options, program=["-c", QUICKER]) as launched:
-        wait_until(lambda: noticed_in(launched, "crunch"), "who computes to be noticed")
+        wait_until(lambda: noticed_in(launched, "crunch"), "who computes to be noticed", patience_s=100)
         (tmp_path / "noticed").touch()
-        code, _, err = launched.finish()
+        code, _, err = launched.finish(patience_s=110)
     assert code == EXIT_HUNG, err
     diagnosis = noticed_in(launched, "crunch")[0].fields["diagnosis"]
     assert diagnosis == {"kind": "SPINNING", "culprits": [0], "is_certain": True}
@@ -223,11 +223,11 @@ sys.exit(main())
 
 
 @pytest.mark.e2e
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(180)
 def test_a_rank_that_makes_the_other_wait_is_named_with_its_host_until_it_keeps_up(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(SLOW)
     with Launched(tmp_path, "--nproc-per-node", "2", "train.py", program=["-c", QUICKER_TO_JUDGE]) as launched:
-        wait_until(lambda: straggling(launched), "the straggler to be named")
+        wait_until(lambda: straggling(launched), "the straggler to be named", patience_s=100)
         (tmp_path / "faster").touch()
         wait_until(lambda: len(straggling(launched)) == 2, "it to keep up")
         launched.look()
