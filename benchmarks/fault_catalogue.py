@@ -139,6 +139,13 @@ PYTHON = (
         ("ImportError", "partially initialized module 'a1'"),
     ),
     Fault(
+        "an abort after the program's end",
+        on_one("import atexit\natexit.register(os.abort)"),
+        ("the program had come to its end, and the process died while it cleaned up",),
+        exit_code=134,
+        kind="native crash",
+    ),
+    Fault(
         "an import that deadlocks with its own thread",
         on_one(
             "waits = 'import threading\\nt = threading.Thread(target=__import__, args=(\"b2\",))\\nt.start()\\nt.join()'\n"

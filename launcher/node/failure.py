@@ -69,7 +69,7 @@ def what_was_left(
             words=words, cause=why or ("" if is_stopping else memory_kills.what_else()), out_of_memory=bool(why)
         )
     if status.signum in CRASHES:
-        return _of_crash(traces.crash_file, words)
+        return _of_crash(traces.crash_file, words, has_ended=_has_ended(traces.exit_file))
     cause = _of_exit(traces.exit_file, words) or exception_in_words(last_lines(traces.stderr_log, 60))
     if not cause and status.signum is None and is_python:
         cause = "no exception and no sys.exit: os._exit, or a library that ended the process"
@@ -92,6 +92,7 @@ def _of_exception(exception: ExceptionRecord, crash_file: str, memory_kills: Mem
 
 _SAID_BY_NATIVE_CODE = re.compile(
     r"^\s*what\(\): +(.*)$"
+    r"|^(terminate called without an active exception)$"
     r"|^(.*Assertion `.*' failed\.?.*)$"
     r"|^((?:free|malloc|munmap_chunk|realloc|corrupted|double free).*)$"
     r"|^(\*\*\* .* \*\*\*.*)$",
@@ -100,14 +101,15 @@ _SAID_BY_NATIVE_CODE = re.compile(
 """C++'s terminate, assert, and glibc's checks of the heap and of the stack."""
 
 
-def _of_crash(crash_file: str, said: str = "") -> Left:
-    """`said`: the end of standard error, where C++ and glibc say why they abort."""
+def _of_crash(crash_file: str, said: str = "", *, has_ended: bool = False) -> Left:
+    """`said`: the end of standard error, where C++ and glibc say why they abort. has_ended: the program had."""
     stack = crash_stack(last_lines(crash_file, 400, 1 << 16))
     frames = [line.strip() for line in stack.splitlines() if line.startswith("  File ")]
     found = list(_SAID_BY_NATIVE_CODE.finditer(said))
     why = next((group.strip() for group in found[-1].groups() if group), "") if found else ""
     where = f"in native code, called at {_place(frames[0])}" if frames else ""
-    cause = ", ".join(part for part in (why, where) if part)
+    when = "the program had come to its end, and the process died while it cleaned up" if has_ended else ""
+    cause = ", ".join(part for part in (when, why, where) if part)
     return Left(words="\n".join(part for part in (said, stack) if part), cause=cause)
 
 
@@ -136,6 +138,15 @@ def _place(frame: str) -> str:
     """
     found = re.match(r'File "(.+)", line (\d+) in (.+)', frame)
     return f"{found[1]}:{found[2]} in {found[3]}" if found else frame
+
+
+def _has_ended(exit_file: str) -> bool:
+    """Whether the runner has seen the program's end."""
+    try:
+        with open(exit_file, "rb") as file:
+            return bool(json.loads(file.read(_MAX_RECORD_BYTES)).get("has_ended"))
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def _of_exit(exit_file: str, said: str) -> str:

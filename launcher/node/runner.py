@@ -230,6 +230,8 @@ def run(
         if modules_file:
             _report_modules_after_a_step(modules_file)
         (_run_module if kind == "module" else _run_script)(target, args)
+        if error_file and os.getpid() == pid:
+            _note_end(os.path.join(os.path.dirname(error_file), EXIT_FILE))
     except SystemExit as error:
         if error_file and os.getpid() == pid:
             _note_exit(error, os.path.join(os.path.dirname(error_file), EXIT_FILE))
@@ -249,6 +251,7 @@ def run(
 def _note_exit(error: SystemExit, path: str) -> None:
     """Where the program's own code called `sys.exit`; best effort."""
     if error.code in (None, 0):
+        _note_end(path)
         return
     with contextlib.suppress(Exception):
         where = ""
@@ -261,6 +264,12 @@ def _note_exit(error: SystemExit, path: str) -> None:
             tb = tb.tb_next
         with open(path, "w") as file:
             json.dump({"code": repr(error.code)[:1000], "where": where}, file)
+
+
+def _note_end(path: str) -> None:
+    """The program has come to its end: what kills the process now is the interpreter's clean-up, or a library's. Best effort."""
+    with contextlib.suppress(OSError), open(path, "w") as file:
+        file.write('{"has_ended": true}')
 
 
 def _write_stack_of_a_crash(path: str) -> None:

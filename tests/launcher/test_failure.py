@@ -82,6 +82,14 @@ def test_an_abort_is_told_in_the_words_of_whoever_aborted(tmp_path: Path, said: 
     assert left(tmp_path, ExitStatus(signum=6), stderr=said).cause == cause
 
 
+def test_an_abort_after_the_programs_end_is_told_as_that(tmp_path: Path) -> None:
+    """torch does so now and then, when a thread of its own is not joined yet: no training is lost. torchrun calls it a failure, too."""
+    said = "result 3.5\nterminate called without an active exception\n"
+    found = left(tmp_path, ExitStatus(signum=6), stderr=said, exit='{"has_ended": true}')
+    assert found.cause.startswith("the program had come to its end")
+    assert found.cause.endswith(", terminate called without an active exception")
+
+
 def test_a_refusal_of_an_argument_parser_is_told_in_its_words(tmp_path: Path) -> None:
     said = "usage: train.py [-h]\ntrain.py: error: unrecognized arguments: --foo\n"
     found = left(tmp_path, ExitStatus(code=2), stderr=said, exit='{"code": "2", "where": "train.py:5 in main"}')
