@@ -109,7 +109,7 @@ def cli() -> None:
     help="Read this much per second back from the disk and compare it, while readers need nothing. 0: never.",
 )
 @click.option("--workers", default=2, show_default=True, help="Fetch worker processes.")
-@click.option("--max-in-flight", default=64, show_default=True, help="Fetches under way at once, at most.")
+@click.option("--max-in-flight", default=128, show_default=True, help="Fetches under way at once, at most.")
 @click.option(
     "--metadata-ttl", default=10.0, show_default=True, help="Seconds for which what HEAD said of an object is believed."
 )

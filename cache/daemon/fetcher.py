@@ -97,7 +97,7 @@ class Fetcher:
             if "failed" not in answer:
                 seconds = time.monotonic() - began_s
                 if nth == 0 and not done:
-                    origin.hedging.landed(length, seconds, answer["first_byte_s"])
+                    origin.landed(length, seconds, answer["first_byte_s"], time.monotonic())
                     return FetchResult(seconds, answer["write_s"])
                 return FetchResult(0.0, answer["write_s"])
             error = from_wire(answer["failed"])
@@ -133,7 +133,7 @@ class Fetcher:
             answering.cancel()
         if "failed" not in answer:
             seconds = time.monotonic() - began_s
-            state.hedging.landed(num_bytes, seconds, answer["first_byte_s"])
+            state.landed(num_bytes, seconds, answer["first_byte_s"], time.monotonic())
             return FetchResult(seconds, answer["write_s"], silence_s=answer["silence_s"])
         failed = from_wire(answer["failed"])
         if is_slow and not isinstance(failed, CapacityError):

@@ -139,6 +139,11 @@ class Concurrency:
                 self._window = _Window(now)
 
     @property
+    def is_cut(self) -> bool:
+        """Refusals are being answered by fewer requests."""
+        return self._cutting is not None
+
+    @property
     def refusals_are_rare(self) -> bool:
         """Whether one more request would hardly be one too many."""
         answers, (num, num_refusals) = self._answers, self._last_answers

@@ -8,6 +8,7 @@ from typing import Any
 from cache.blocks import BLOCK_BYTES, ExtentId
 from cache.residency.concurrency import LARGE_BYTES, Concurrency
 from cache.residency.hedging import Hedging
+from cache.residency.pipe import Pipe
 from cache.residency.placement import Placement
 
 
@@ -34,11 +35,21 @@ class OriginState:
     in_flight: int = 0
     load: int = 0
     """Requests in flight, in parts of 1 / FULL_BLOCKS."""
+    blocks: int = 0
+    """Of the requests in flight."""
+    pipe: Pipe = field(default_factory=Pipe)
+
+    def landed(self, num_bytes: int, seconds: float, first_byte_s: float, now: float) -> None:
+        """A request brought all its bytes."""
+        self.hedging.landed(num_bytes, seconds, first_byte_s)
+        self.pipe.landed(num_bytes, first_byte_s, now)
 
     def has_room(self, *, is_demand: bool) -> bool:
         """A reader that waits may go a little beyond the limit: it must not queue behind what is fetched ahead."""
         limit = self.concurrency.limit
-        return self.load < FULL_BLOCKS * (limit + max(2, limit // 4) if is_demand else limit)
+        if self.load < FULL_BLOCKS * (limit + max(2, limit // 4) if is_demand else limit):
+            return True
+        return self.blocks * BLOCK_BYTES < self.pipe.num_bytes and not self.concurrency.is_cut
 
 
 def _weight(num_blocks: int) -> int:
@@ -71,6 +82,7 @@ class Origins:
         state = self.of(url, source)
         state.in_flight += 1
         state.load += _weight(num_blocks)
+        state.blocks += num_blocks
         state.concurrency.started(-(-state.load // FULL_BLOCKS), now)
 
     def ended(
@@ -88,6 +100,7 @@ class Origins:
         state = self.of(url, source)
         state.in_flight -= 1
         state.load -= _weight(num_blocks)
+        state.blocks -= num_blocks
         assert state.in_flight >= 0 and state.load >= 0, url
         state.concurrency.ended(now, num_bytes, seconds, throttled=throttled)
         if throttled and not state.concurrency.refusals_are_rare:
