@@ -22,6 +22,9 @@ from cache.residency.waiting import BlockKey
 MAX_PLANNED_AT_ONCE = 8
 """So many of the extents beyond what was announced are fetched at the same time."""
 
+OVERTAKE_VISITS = 64
+"""By so much a fetch may overtake another, whose file is being made. (A batch or two.)"""
+
 
 def pump(s: State) -> None:
     """Starts what can be started: first what readers wait for, then checks, then what readers will read, nearest first."""
@@ -100,6 +103,8 @@ def _start_prefetch(s: State) -> bool:
     if not _has_room(s, (visit.content_id, block), is_demand=False):
         return False
     extent = s.residents.of_block(visit.content_id, block)
+    if extent is not None and extent.is_open and _overtakes(s, distance):
+        return False
     if extent is None:
         return _new_extent(s, (visit.content_id, block), distance, is_demand=False) is not None
     if not extent.is_open:
@@ -134,6 +139,12 @@ def _start_planned(s: State) -> bool:
             return True
         planned.remove(one)
     return False
+
+
+def _overtakes(s: State, distance: float) -> bool:
+    """Whether something that is needed much sooner waits for its file to be made. Files take a moment each: those that come first would
+    else have all requests, for what is needed late, and the first batch would wait behind that."""
+    return bool(s.opening) and distance > min(map(s.next_use_of, s.opening)) + OVERTAKE_VISITS
 
 
 def _has_room(s: State, key: BlockKey, *, is_demand: bool) -> bool:

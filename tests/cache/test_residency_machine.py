@@ -404,3 +404,16 @@ def test_blocks_that_failed_together_are_tried_again_together() -> None:
     assert deadline_s is not None
     world.pass_time(deadline_s - world.now)
     assert [(f.first, f.end) for f in world.fetches] == [(0, 16)]
+
+
+def test_what_is_needed_late_does_not_overtake_what_waits_for_its_file() -> None:
+    """Files are made one after the other: the first would have all requests, and the first batch wait behind what is read last."""
+    world = World(10_000 * MIB, max_in_flight=4, demand_reserve=0)
+    for object_id in (LONG, B):
+        world.open("a", object_id)
+    first, late = Visit(LONG.content_id, 0, 1), Visit(LONG.content_id, 200, 201)
+    world.announce("a", "s", [first, Visit(B.content_id, 0, 1), *[first] * 100, late])
+    world.create_done(world.creations[0])
+    assert [(f.object_id, f.first) for f in world.fetches] == [(LONG, 0)]
+    world.create_done(world.creations[0])
+    assert [(f.object_id, f.first) for f in world.fetches] == [(LONG, 0), (B, 0), (LONG, 200)]
