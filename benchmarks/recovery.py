@@ -280,6 +280,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="draws who is killed")
     parser.add_argument("--result", type=Path, default=RESULT)
     args = parser.parse_args()
+    for signum in (
+        signal.SIGINT,
+        signal.SIGTERM,
+    ):  # also where a shell has put us into the background, which ignores SIGINT
+        signal.signal(signum, signal.default_int_handler)
     before, chance = os.getloadavg()[0], random.Random(args.seed)
     num_rounds = 1 if args.quick else args.rounds
     with contextlib.ExitStack() as stack:
