@@ -39,6 +39,10 @@ class Mapping:
         self.extents: dict[int, OpenExtent] = {}
         link.mappings.add(self)
 
+    def __del__(self) -> None:
+        # The daemon keeps an object in mind, and its words, for who has it open.
+        self.link.closed.append(self.content_id)
+
     def resident(self, offset: int, end: int) -> OpenExtent | None:
         """The open file that holds [offset, end), which lies within one extent, if all of it is resident there."""
         extent = self.extents.get(offset // EXTENT_BYTES)

@@ -225,6 +225,11 @@ class Control:
                 planned.append(Visit(object_id.content_id, span.start, span.stop))
             self._step(m.OrderAnnounced(client_id, stream_id, tuple(planned)))
             await asyncio.sleep(0)  # What has landed meanwhile, and who waits for it, has its turn.
+        for object_id in objects:
+            if not isinstance(object_id, BaseException):
+                self._step(
+                    m.ObjectClosed(client_id, object_id.content_id)
+                )  # What is announced is known for as long as that.
 
     def status(self) -> dict[str, Any]:
         """The daemon's account; the keys are documented in docs/cache.md."""

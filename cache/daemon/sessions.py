@@ -20,7 +20,7 @@ Between answers a reader may be told {"evicted": true}: files that it holds were
 
 and without an answer: hint {content_id, first, end}, release {content_id, extent_idx, generation}, announce {stream, urls, num_visits} +
 visits, outline {stream, shuffle, seed, global_batch_size, drop_last, rank, world_size, first_step, first_visit, visits_per_step} + objects,
-advance {stream, num_visits}, close_stream {stream}, report {stats},
+advance {stream, num_visits}, close_stream {stream}, close {content_ids} (each as often as it was opened), report {stats},
 suspect {content_id, extent_idx}.
 """
 
@@ -305,6 +305,10 @@ class Session:
         extent = ExtentId(str(request["content_id"]), int(request["extent_idx"]))
         self._control.tell(m.ExtentReleased(self._client_id, extent, int(request["generation"])))
 
+    def _close(self, request: dict[str, Any]) -> None:
+        for content_id in request["content_ids"]:
+            self._control.tell(m.ObjectClosed(self._client_id, str(content_id)))
+
     def _suspect(self, request: dict[str, Any]) -> None:
         """A reader could not read a file that it was given, and has read the origin instead."""
         self._control.tell(m.ExtentSuspected(ExtentId(str(request["content_id"]), int(request["extent_idx"]))))
@@ -330,6 +334,7 @@ _ANSWERED: dict[str, Callable[[Session, dict[str, Any]], Awaitable[Reply]]] = {
 
 _TOLD: dict[str, Callable[[Session, dict[str, Any]], None]] = {
     "advance": Session._advance,
+    "close": Session._close,
     "close_stream": Session._close_stream,
     "hint": Session._hint,
     "release": Session._release,

@@ -57,25 +57,31 @@ class Lookahead:
                 counts = self._block_uses.setdefault(extent, {})
                 counts[slot] = counts.get(slot, 0) + 1
 
-    def advance(self, stream_id: str, num_visits: int) -> None:
-        """The first `num_visits` visits since the stream began are behind its reader. Going back or beyond what is announced is ignored."""
-        stream = self._streams.get(stream_id)
+    def advance(self, stream_id: str, num_visits: int) -> set[str]:
+        """The first `num_visits` visits since the stream began are behind its reader. Going back or beyond what is announced is ignored.
+        Returns the objects of which an extent is announced by nobody now."""
+        stream, passed = self._streams.get(stream_id), set[str]()
         if stream is None:
-            return
+            return passed
         while stream.visits and stream.position < num_visits:
             visit = stream.visits.popleft()
             for extent in _extents(visit):
-                self._forget_use(extent, stream_id, stream.position)
+                if self._forget_use(extent, stream_id, stream.position):
+                    passed.add(extent.content_id)
             for extent, slot in _slots(visit):
                 self._forget_block(extent, slot)
             stream.position += 1
         stream.cursor = max(stream.cursor, stream.position)
+        return passed
 
-    def close(self, stream_id: str) -> None:
+    def close(self, stream_id: str) -> set[str]:
+        """As if all of it were behind its reader."""
         stream = self._streams.get(stream_id)
-        if stream is not None:
-            self.advance(stream_id, stream.end)
-            del self._streams[stream_id]
+        if stream is None:
+            return set()
+        passed = self.advance(stream_id, stream.end)
+        del self._streams[stream_id]
+        return passed
 
     def next_use(self, extent: ExtentId) -> float | None:
         """Visits until the nearest use of an extent by any stream; None when nobody announced one."""
@@ -138,7 +144,8 @@ class Lookahead:
     def num_streams(self) -> int:
         return len(self._streams)
 
-    def _forget_use(self, extent: ExtentId, stream_id: str, number: int) -> None:
+    def _forget_use(self, extent: ExtentId, stream_id: str, number: int) -> bool:
+        """True when this was the last."""
         uses = self._uses[extent]
         numbers = uses[stream_id]
         popped = numbers.popleft()
@@ -147,6 +154,8 @@ class Lookahead:
             del uses[stream_id]
             if not uses:
                 del self._uses[extent]
+                return True
+        return False
 
     def _forget_block(self, extent: ExtentId, slot: int) -> None:
         counts = self._block_uses[extent]

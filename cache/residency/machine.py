@@ -146,6 +146,7 @@ class Residency:
 
 _HANDLERS: dict[type, Callable[[State, Any], None]] = {
     m.ObjectOpened: on_readers.object_opened,
+    m.ObjectClosed: on_readers.object_closed,
     m.ExtentFound: on_disk.extent_found,
     m.StockTaken: on_disk.stock_taken,
     m.StockFound: on_disk.stock_found,

@@ -26,6 +26,14 @@ class ObjectOpened:
 
 
 @dataclass(frozen=True)
+class ObjectClosed:
+    """As often as it was opened: then its client needs it to be known no longer."""
+
+    client_id: str
+    content_id: str
+
+
+@dataclass(frozen=True)
 class ExtentFound:
     """Recovery found an extent file; `present` are the blocks that its table claims, unverified."""
 
@@ -320,6 +328,7 @@ class TimePassed:
 
 Event = (
     ObjectOpened
+    | ObjectClosed
     | ExtentFound
     | StockTaken
     | StockFound

@@ -25,6 +25,20 @@ def object_opened(s: State, event: m.ObjectOpened) -> None:
     s.know(event.client_id, event.object_id)
 
 
+def object_closed(s: State, event: m.ObjectClosed) -> None:
+    known = s.residents.objects.get(event.content_id)
+    if known is None or event.client_id not in known.clients:
+        return
+    known.clients[event.client_id] -= 1
+    if not known.clients[event.client_id]:
+        del known.clients[event.client_id]
+        opened = s.opened_by[event.client_id]
+        opened.discard(event.content_id)
+        if not opened:
+            del s.opened_by[event.client_id]
+        s.maybe_unused.add(event.content_id)
+
+
 def blocks_wanted(s: State, event: m.BlocksWanted) -> None:
     known = s.residents.objects.get(event.content_id)
     if known is None or event.end > known.num_blocks:
@@ -197,7 +211,7 @@ def client_gone(s: State, event: m.ClientGone) -> None:
             del s.checks_of_table[key]
     for content_id in s.opened_by.pop(event.client_id, ()):
         if (known := s.residents.objects.get(content_id)) is not None:
-            known.clients.discard(event.client_id)
+            known.clients.pop(event.client_id, None)
             s.maybe_unused.add(content_id)
 
 
@@ -224,14 +238,14 @@ def _compute_epochs(s: State, stream_id: str) -> None:
 
 
 def order_advanced(s: State, event: m.OrderAdvanced) -> None:
-    s.lookahead.advance(event.stream_id, event.num_visits)
+    s.maybe_unused |= s.lookahead.advance(event.stream_id, event.num_visits)
     hasten_what_is_near(s)
     s.foresight.prospect.refresh(event.stream_id)
     _compute_epochs(s, event.stream_id)
 
 
 def stream_closed(s: State, event: m.StreamClosed) -> None:
-    s.lookahead.close(event.stream_id)
+    s.maybe_unused |= s.lookahead.close(event.stream_id)
     s.foresight.close(event.stream_id)
 
 

@@ -126,7 +126,8 @@ def _start_planned(s: State) -> bool:
             return False
         if extent is None:
             try:
-                s.know(one.client_id, one.object_id)
+                s.residents.learn(one.object_id)  # And unlearned after this step, if there is no room for it.
+                s.maybe_unused.add(one.object_id.content_id)
             except CapacityError:
                 planned.remove(one)
                 continue

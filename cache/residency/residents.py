@@ -27,11 +27,11 @@ assert STATES[0] is BlockState.ABSENT, "a new extent is a row of zeros"
 
 @dataclass(slots=True)
 class KnownObject:
-    """An object and its words; `clients` have it open."""
+    """An object and its words; `clients` have it open, each so many times."""
 
     object_id: ObjectId
     base: int
-    clients: set[str] = field(default_factory=set)
+    clients: dict[str, int] = field(default_factory=dict)
     is_pinned: bool = False
     """A person wants it to stay: evicted only if the bound cannot be kept otherwise."""
 

@@ -125,8 +125,9 @@ class State:
         self.actions: list[m.Action] = []
 
     def know(self, client_id: str, object_id: ObjectId) -> None:
-        """An object that a reader has open, or will have. Raises CapacityError when the table of words is full."""
-        self.residents.learn(object_id).clients.add(client_id)
+        """An object that a reader has open. Raises CapacityError when the table of words is full."""
+        clients = self.residents.learn(object_id).clients
+        clients[client_id] = clients.get(client_id, 0) + 1
         self.opened_by.setdefault(client_id, set()).add(object_id.content_id)
 
     def queue(self, key: BlockKey, *, first: bool = False) -> None:
@@ -249,6 +250,8 @@ class State:
         known = self.residents.objects.get(content_id)
         if known is None or known.clients or next(self.residents.extents_of(known), None) is not None:
             return
+        if self.waiting.is_object_wanted(content_id):
+            return  # Who asked has closed it meanwhile; he is answered all the same.
         if not self.lookahead.uses_object(content_id, known.num_extents):
             for block in range(known.num_blocks):
                 self.hints.pop((content_id, block), None)

@@ -48,6 +48,9 @@ class Waiting:
     def is_wanted(self, key: BlockKey) -> bool:
         return key in self._by_block
 
+    def is_object_wanted(self, content_id: str) -> bool:
+        return any(want.event.content_id == content_id for want in self.wants.values())
+
     def count_for(self, extent: ExtentId) -> int:
         return sum(want.extent == extent for want in self.wants.values())
 

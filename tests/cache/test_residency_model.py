@@ -124,6 +124,11 @@ class Histories(RuleBasedStateMachine):
     def open(self, client: str, object_id: ObjectId) -> None:
         self.world.open(client, object_id)
 
+    @rule(client=clients, object_id=objects, times=st.sampled_from([1, 50]))
+    def close(self, client: str, object_id: ObjectId, times: int) -> None:
+        for _ in range(times):
+            self.world.close(client, object_id)
+
     @rule(client=clients, span=spans())
     def want(self, client: str, span: tuple[ObjectId, int, int]) -> None:
         object_id, first, end = span

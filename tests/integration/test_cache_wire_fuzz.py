@@ -22,7 +22,7 @@ TIMEOUT_S = 60.0
 DATA = random_bytes(700_000)
 OPS = (
     *("hello", "open", "want", "check", "list", "status", "evict", "ls", "pin", "resize", "resident", "index", "keep"),
-    *("hint", "release", "announce", "advance", "close_stream", "report", "suspect", "nonsense"),
+    *("hint", "release", "announce", "advance", "close", "close_stream", "report", "suspect", "nonsense"),
 )
 FIELDS = (
     *(

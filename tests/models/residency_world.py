@@ -132,6 +132,10 @@ class World:
         self.objects[object_id.content_id] = object_id
         self.step(m.ObjectOpened(client, object_id))
 
+    def close(self, client: str, object_id: ObjectId) -> None:
+        """The reader closes what it has opened, or what it has not."""
+        self.step(m.ObjectClosed(client, object_id.content_id))
+
     def want(self, client: str, object_id: ObjectId, first: int, end: int) -> int:
         request_id, self._next_request = self._next_request, self._next_request + 1
         event = m.BlocksWanted(request_id, client, object_id.content_id, first, end)
