@@ -25,13 +25,12 @@ MAX_GOING_ON = 8
 
 MAX_REMEMBERED = 4096
 
-SLOW_PEER_S = 2.0
-UNKNOWN_PEER_S = 5.0
+SLOW_PEER_S = 5.0
 SLOWER_THAN_ORIGIN = 2.0
 SLOWER_THAN_ITSELF = 3.0
 """A peer that works but takes longer than all of these (seconds; times what the origin itself takes for so much; times what it takes
 itself, at the 95th percentile) is passed by, within the budget of hedges. A peer that only waits for a slow or crowded origin is not: to
-ask that once more would help nobody. Where the origin's pace is not known yet, UNKNOWN_PEER_S."""
+ask that once more would help nobody."""
 
 PartKey = tuple[str, int]
 """A file and the first byte of a block of it that came in part."""
@@ -168,6 +167,6 @@ def _patience_s(origin: OriginState, peer: OriginState, num_bytes: int) -> float
     """How long a peer may take for this much."""
     usual_s = origin.hedging.hedge_after_s(num_bytes)
     if usual_s is None:
-        return UNKNOWN_PEER_S
+        return SLOW_PEER_S
     own_s = peer.hedging.hedge_after_s(num_bytes) or 0.0
     return max(SLOW_PEER_S, SLOWER_THAN_ORIGIN * usual_s, SLOWER_THAN_ITSELF * own_s)

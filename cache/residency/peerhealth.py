@@ -17,14 +17,14 @@ OUT_OF_USE = ("dead", "silent", "wrong-bytes")
 MISSED_HELLOS = 3
 """So many unanswered greetings (one a second) make a member one no longer. A fetch that fails says it sooner."""
 
-SILENCE_FACTOR = 3.0
+SILENCE_FACTOR = 4.0
 """A peer is silent when it has said nothing for so many times what it hardly ever (one time in a hundred) needs for a sign."""
 
-MIN_SILENCE_S = 0.5
+MIN_SILENCE_S = 1.0
 START_SILENCE_S = 2.0
 MAX_SILENCE_S = 5.0
-"""Bounds of it, and what holds while a peer is hardly known. The least is twice the time between two signs of one that has nothing else to
-do; the most is for machines with many times more to do than processors, whose daemons need a second to say anything."""
+"""Bounds of it, and what holds while a peer is hardly known. The least is four times what lies between two signs of one that has nothing
+else to do; the most is for machines with many times more to do than processors, whose daemons need a second to say anything."""
 
 MIN_SIGNS = 10
 MAX_SIGNS = 200

@@ -102,11 +102,11 @@ def peer_with_signs(*signs_s: float) -> PeerHealth:
 
 
 def test_what_counts_as_silence_is_learnt_from_the_peer() -> None:
-    """On an idle cluster a frozen owner must cost half a second, and not what is right for a machine that is short of processors."""
+    """On an idle cluster a frozen owner must cost a second, and not what is right for a machine that is short of processors."""
     assert PeerHealth().silence_s("nobody") == START_SILENCE_S
     assert peer_with_signs(0.01).silence_s("a") == START_SILENCE_S, "one sign says little"
     assert peer_with_signs(*[0.01] * MIN_SIGNS).silence_s("a") == MIN_SILENCE_S
-    assert peer_with_signs(*[0.3] * MIN_SIGNS).silence_s("a") == pytest.approx(3 * 0.3)
+    assert peer_with_signs(*[0.3] * MIN_SIGNS).silence_s("a") == pytest.approx(4 * 0.3)
     assert peer_with_signs(*[30.0] * MIN_SIGNS).silence_s("a") == MAX_SILENCE_S
     assert peer_with_signs(*[0.01] * 150, 4.0).silence_s("a") == MIN_SILENCE_S, "one long pause is no habit"
 
@@ -117,7 +117,7 @@ def test_a_peer_that_was_given_up_and_lives_is_waited_for_longer_next_time() -> 
     for nth in range(3):
         assert health.failed("a", "silent", now=10.0 * (nth + 1), silent_for_s=0.5)
         health.greeted("a", 1.0, now=10.0 * (nth + 1) + 0.4, took_s=0.4)
-    assert health.silence_s("a") == pytest.approx(3 * 0.9)
+    assert health.silence_s("a") == pytest.approx(4 * 0.9)
 
 
 def test_who_has_left_is_forgotten() -> None:
