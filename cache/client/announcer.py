@@ -6,8 +6,9 @@ some hundred samples: a step never pays for thousands at once (the first excepte
 
 from __future__ import annotations
 
+import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol
 
 import numpy as np
@@ -28,6 +29,9 @@ PORTION_SAMPLES = 512
 FIRST_SAMPLES = 64
 ADVANCE_SAMPLES = 64
 """A message to the daemon takes 10 to 20 µs: with tiny batches it is sent every 64 samples, not at every step."""
+ADVANCE_EVERY_S = 0.02
+"""Nor more often than this: a reader of resident data passes 64 samples within 2 ms, and each message wakes the daemon, perhaps on the very
+core that reads. What is behind the reader for so long could only be evicted a moment earlier."""
 
 
 class Visitable(Protocol):
@@ -50,7 +54,14 @@ class Announcer:
     """The lookahead of one rank. Belongs to one thread; in a forked child it does nothing (see Stream)."""
 
     def __init__(
-        self, dataset: Visitable, schedule: Schedule | Mixture, *, rank: int, world_size: int, name: str
+        self,
+        dataset: Visitable,
+        schedule: Schedule | Mixture,
+        *,
+        rank: int,
+        world_size: int,
+        name: str,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._dataset = dataset
         self._schedule = schedule
@@ -67,6 +78,8 @@ class Announcer:
         self._num_visits = 0
         self._num_behind = 0
         self._samples_since_told = 0
+        self._clock = clock
+        self._told_s = -ADVANCE_EVERY_S
 
     def seek(self, cursor: Cursor) -> None:
         """Reading goes on at this place. If it lies within what is announced, what is before it counts as read; else
@@ -119,9 +132,9 @@ class Announcer:
         for _ in range(num_batches):
             self._num_behind = self._visits_until.popleft()
         self._samples_since_told += num_batches * self._local_size
-        if self._samples_since_told >= ADVANCE_SAMPLES:
+        if self._samples_since_told >= ADVANCE_SAMPLES and self._clock() - self._told_s >= ADVANCE_EVERY_S:
             self._stream.advance(self._num_behind)
-            self._samples_since_told = 0
+            self._samples_since_told, self._told_s = 0, self._clock()
         ahead = self._schedule.plan.steps_between(cursor, self._announced) * self._local_size
         if ahead + self._portion <= self._lookahead:
             # To the full, not by a portion: a reader may take several batches between two calls.

@@ -24,15 +24,12 @@ from cache.client.formats.ports import Unit, ValueFormat
 from cache.client.formats.tokens import TokenFormat
 from cache.client.handles import OpenShards
 from cache.client.indexing import AnyFormat, build_index
+from cache.client.members import Members, RawSample
 from cache.client.stats import ReaderStats
 from cache.client.units import DEFAULT_MAX_BYTES, Units
 from cache.daemon import wire
 from cache.errors import FormatError
 from cache.origin.urls import canonical_url
-
-RawSample = dict[str, Any]
-"""What `decode` is given: each member's bytes under its extension ("png", "cls"), or each column's value under its name (MDS,
-Parquet), and `__key__`, `__url__`, `__index__`."""
 
 Decode = Callable[[RawSample], Any]
 
@@ -81,6 +78,12 @@ class ShardDataset(Dataset[Any]):
 
     def __getitems__(self, samples: Sequence[int]) -> list[Any]:
         """Several samples at once, in the order asked; torch's DataLoader calls this with a whole batch."""
+        if self._members is not None:
+            samples = [int(sample) for sample in samples]
+            if samples and not 0 <= min(samples) <= max(samples) < self._size:
+                raise IndexError(f"samples {min(samples)}..{max(samples)} of a data set of {len(self)}")
+            raws = self._members.fetch(samples)
+            return raws if self.decode is None else self._decoded_each(raws, self.decode)
         numbers = np.asarray(samples, dtype=np.int64)
         if numbers.size and (int(numbers.min()) < 0 or int(numbers.max()) >= len(self)):
             raise IndexError(f"samples {numbers.min()}..{numbers.max()} of a data set of {len(self)}")
@@ -90,11 +93,10 @@ class ShardDataset(Dataset[Any]):
         numbers, shard_idxs = numbers[order], shards[order].tolist()
         described = self.index.described(numbers)
         asked = list(zip(numbers.tolist(), shard_idxs, described, strict=True))
-        raws = self._fetch_files(numbers, asked) if self._values is None else self._fetch_values(numbers, asked)
         fetched: list[Any] = [None] * len(asked)
-        for place, raw in zip(order.tolist(), raws, strict=True):
+        for place, raw in zip(order.tolist(), self._fetch_values(numbers, asked), strict=True):
             fetched[place] = raw
-        return [self._decoded(raw) for raw in fetched]
+        return fetched if self.decode is None else self._decoded_each(fetched, self.decode)
 
     @property
     def shard_sizes(self) -> tuple[int, ...]:
@@ -127,7 +129,7 @@ class ShardDataset(Dataset[Any]):
         return wire.pack_outlined(shards, parts)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key not in ("_shards", "_units")}
+        return {key: value for key, value in self.__dict__.items() if key not in ("_shards", "_units", "_members")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -135,40 +137,12 @@ class ShardDataset(Dataset[Any]):
 
     def _begin(self) -> None:
         """What a process has for itself."""
-        self._shards = OpenShards(self.cache)
+        self._size = len(self.index)
+        self._shards = OpenShards(self.cache, self.index.shards)
         self._units = Units(self._unpacked_bytes)
-
-    def _fetch_files(self, numbers: Ints, asked: list[Asked]) -> list[RawSample]:
-        """Members as they are stored. First all that is to be read, then the reads, then the samples: large reads drive everything else out
-        of the processor's caches, so little else is done between them."""
-        stats = self.cache.stats()
-        reads = []
-        for _, shard_idx, described in asked:
-            handle = self._shards.get(self.index.shards[shard_idx])
-            read = handle.view if self._zero_copy else handle.read
-            reads.append([(read, start, length) for start, length in described.spans])
-        misses = stats.misses
-        data: list[list[bytes | memoryview]] = []
-        for spans in reads:
-            data.append([read(start, length) for read, start, length in spans])
-            if stats.misses != misses:
-                # Something was not resident: the rest of the batch is asked for now, so that the waiting times overlap.
-                self._prefetch(numbers[len(data) :], asked[len(data) :])
-                stats, misses = ReaderStats(), 0
-        return [self._joined(sample, pieces) for sample, pieces in zip(asked, data, strict=True)]
-
-    def _joined(self, asked: Asked, pieces: list[bytes | memoryview]) -> RawSample:
-        """A sample out of the pieces that hold its members."""
-        sample, shard_idx, described = asked
-        raw: RawSample = {"__key__": described.key, "__url__": self.index.shards[shard_idx].url, "__index__": sample}
-        for extension, offset, length in described.members:
-            for (start, size), data in zip(described.spans, pieces, strict=True):
-                if start <= offset and offset + length <= start + size:
-                    raw[extension] = data if size == length else data[offset - start : offset - start + length]
-                    break
-        if self.index.class_ids is not None:
-            raw["cls"] = str(self.index.class_ids[sample]).encode()
-        return raw
+        self._members = (
+            Members(self.cache, self.index, self._shards, zero_copy=self._zero_copy) if self._values is None else None
+        )
 
     def _fetch_values(self, numbers: Ints, asked: list[Asked]) -> list[RawSample]:
         """Columns, as the format makes them of what is stored."""
@@ -192,7 +166,7 @@ class ShardDataset(Dataset[Any]):
                 unit_idx = int(self.index.unit_of(np.array([sample]))[0])
 
                 def unpack() -> Unit:
-                    unit = values.open_unit(self._shards.get(shard), extension, offset, length)
+                    unit = values.open_unit(self._shards.get(shard_idx), extension, offset, length)
                     if unit.num_samples != self.index.unit_size(unit_idx):
                         raise ValueError(f"{unit.num_samples} samples instead of {self.index.unit_size(unit_idx)}")
                     return unit
@@ -200,7 +174,7 @@ class ShardDataset(Dataset[Any]):
                 unit = self._units.get((shard_idx, unit_idx), unpack)
                 columns = unit.sample(sample - self.index.first_sample_of(unit_idx))
             else:
-                columns = values.unpack(extension, self._shards.get(shard).read(offset, length))
+                columns = values.unpack(extension, self._shards.get(shard_idx).read(offset, length))
         except ValueError as error:
             raise FormatError(
                 f"{shard.url}: sample {described.key}: {error} (byte {offset:,})",
@@ -214,18 +188,21 @@ class ShardDataset(Dataset[Any]):
         """A unit is asked for once, however many of its samples are among these."""
         for first in np.unique(self.index.unit_of(numbers), return_index=True)[1].tolist():
             _, shard_idx, described = asked[first]
-            handle = self._shards.get(self.index.shards[shard_idx])
+            handle = self._shards.get(shard_idx)
             for offset, length in described.spans:
                 handle.prefetch(offset, length)
 
-    def _decoded(self, raw: RawSample) -> Any:
-        if self.decode is None:
-            return raw
-        try:
-            return self.decode(raw)
-        except Exception as error:
-            error.add_note(f"while decoding sample {raw['__key__']!r} (number {raw['__index__']}) of {raw['__url__']}")
-            raise
+    def _decoded_each(self, raws: list[RawSample], decode: Decode) -> list[Any]:
+        decoded = []
+        for raw in raws:
+            try:
+                decoded.append(decode(raw))
+            except Exception as error:
+                error.add_note(
+                    f"while decoding sample {raw['__key__']!r} (number {raw['__index__']}) of {raw['__url__']}"
+                )
+                raise
+        return decoded
 
 
 class TokenDataset(ShardDataset):

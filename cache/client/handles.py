@@ -10,6 +10,8 @@ import os
 import resource
 import threading
 from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from typing import cast
 
 from cache.blocks import num_extents
 from cache.client.client import Cache
@@ -21,41 +23,61 @@ MAX_DESCRIPTORS = 65536
 
 
 class OpenShards:
-    """Any thread may call. A forked child begins with none of the parent's."""
+    """Shards by their number in the index. Any thread may call. A forked child begins with none of the parent's."""
 
-    def __init__(self, cache: Cache) -> None:
+    def __init__(self, cache: Cache, shards: Sequence[Shard]) -> None:
         self._cache = cache
+        self._shards = shards
         self._begin()
 
     def _begin(self) -> None:
         self._pid = os.getpid()
         self._lock = threading.Lock()
-        self._open: OrderedDict[Shard, CachedObject] = OrderedDict()
+        self._open: OrderedDict[int, CachedObject] = OrderedDict()
         self._num_descriptors = 0
         self._max_descriptors = _raise_descriptor_limit() // 2
 
-    def get(self, shard: Shard) -> CachedObject:
+    def get(self, shard_idx: int) -> CachedObject:
         """The opened shard, at the etag that was indexed. Raises ObjectChanged if it is another one now, and the
         origin's errors."""
+        return self.get_each((shard_idx,))[0]
+
+    def get_each(self, shard_idxs: Iterable[int]) -> list[CachedObject]:
+        """The same for each of these: once for a batch is cheaper than once for a sample."""
         if self._pid != os.getpid():
             # The lock may have been held by a thread that the child does not have: it is replaced, not taken.
             self._begin()
+        handles: list[CachedObject | None] = []
+        missing: list[tuple[int, int]] = []
         with self._lock:
-            handle = self._open.get(shard)
-            if handle is not None:
-                self._open.move_to_end(shard)
-                return handle
+            for shard_idx in shard_idxs:
+                handle = self._open.get(shard_idx)
+                if handle is None:
+                    missing.append((len(handles), shard_idx))
+                else:
+                    self._open.move_to_end(shard_idx)
+                handles.append(handle)
+        for place, shard_idx in missing:
+            handles[place] = self._opened(shard_idx)
+        return cast(list[CachedObject], handles)
+
+    def _opened(self, shard_idx: int) -> CachedObject:
+        with self._lock:
+            handle = self._open.get(shard_idx)
+        if handle is not None:
+            return handle  # a moment ago, for another sample of the batch, or by another thread
+        shard = self._shards[shard_idx]
         opened = self._cache.open(shard.url, etag=shard.etag)
         with self._lock:
-            handle = self._open.get(shard)
+            handle = self._open.get(shard_idx)
             if handle is not None:
                 return handle
-            self._open[shard] = opened
+            self._open[shard_idx] = opened
             self._num_descriptors += num_extents(shard.size_bytes)
             while self._num_descriptors > self._max_descriptors and len(self._open) > 1:
                 # Not closed by hand: another thread may be reading from it. It closes when nobody refers to it any more.
                 gone, _ = self._open.popitem(last=False)
-                self._num_descriptors -= num_extents(gone.size_bytes)
+                self._num_descriptors -= num_extents(self._shards[gone].size_bytes)
         return opened
 
 

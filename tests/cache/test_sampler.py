@@ -12,7 +12,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from cache.client.announcer import ADVANCE_SAMPLES, LOOKAHEAD_SAMPLES, Announcer
+from cache.client.announcer import ADVANCE_SAMPLES, LOOKAHEAD_SAMPLES, PORTION_SAMPLES, Announcer
 from cache.client.loader import ElasticLoader
 from cache.client.sampler import PREFETCHED_BATCHES, ElasticBatchSampler
 from cache.order.batches import Cursor
@@ -237,7 +237,7 @@ def test_announced_future_is_what_will_be_read(start_step: int, strides: list[in
     schedule = Schedule((2000, 1000), batch, seed=2, shuffle=Full())
     dataset = RecordingDataset()
     start = schedule.plan.after(Cursor(0, 0), start_step)
-    announcer = Announcer(dataset, schedule, rank=1, world_size=2, name="test")  # type: ignore[arg-type]
+    announcer = Announcer(dataset, schedule, rank=1, world_size=2, name="test", clock=itertools.count().__next__)  # type: ignore[arg-type]
     announcer.seek(start)
     done = 0
     for stride in strides:
@@ -287,11 +287,29 @@ def test_a_reader_beyond_what_was_announced_begins_a_new_stream() -> None:
 def test_tiny_batches_do_not_cost_a_message_each() -> None:
     schedule = Schedule((10_000,), 1, seed=2)
     dataset = RecordingDataset()
-    announcer = Announcer(dataset, schedule, rank=0, world_size=1, name="test")  # type: ignore[arg-type]
+    announcer = Announcer(dataset, schedule, rank=0, world_size=1, name="test", clock=itertools.count().__next__)  # type: ignore[arg-type]
     announcer.seek(Cursor(0, 0))
     for step in range(1, 4097):
         announcer.consumed(Cursor(0, step))
     assert dataset.streams[0].num_messages <= 4096 // ADVANCE_SAMPLES + 40
+
+
+def test_a_reader_of_resident_data_does_not_wake_the_daemon_all_the_time() -> None:
+    """It passes 64 samples in 2 ms; on a machine whose cores are all taken, each message is the daemon's turn instead of its own."""
+    schedule = Schedule((10_000,), 16, seed=2)
+    dataset, now_s = RecordingDataset(), 0.0
+    announcer = Announcer(dataset, schedule, rank=0, world_size=1, name="test", clock=lambda: now_s)  # type: ignore[arg-type]
+    announcer.seek(Cursor(0, 0))
+    (stream,) = dataset.streams
+    announced = stream.num_messages
+    for step in range(1, 41):
+        now_s = step * 0.0005
+        announcer.consumed(Cursor(0, step))
+    assert stream.num_messages - announced <= 2 + 40 * 16 // PORTION_SAMPLES
+    assert stream.num_behind == len(expected_visits(schedule, Cursor(0, 0), 0, 1, ADVANCE_SAMPLES // 16))
+    now_s = 0.05
+    announcer.consumed(Cursor(0, 41))
+    assert stream.num_behind == len(expected_visits(schedule, Cursor(0, 0), 0, 1, 41)), "and then all of it"
 
 
 def test_plain_dataloader_keeps_what_it_prefetched_announced() -> None:

@@ -197,6 +197,11 @@ class SampleIndex:
         shards = self.shard_of(self.unit_starts[:-1]).tolist()
         return list(zip(shards, first, end, self.part_sizes, strict=True))
 
+    @property
+    def spans_of_samples(self) -> tuple[Ints, Ints, Ints]:
+        """(span_starts, offsets, lengths): sample (or unit) i is read by the spans [span_starts[i], span_starts[i + 1])."""
+        return self._spans
+
     def spans(self, sample: int) -> list[tuple[int, int]]:
         """(offset, length) of the pieces of the shard that hold a sample."""
         return self.described(np.array([sample], dtype=np.int64))[0].spans
