@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import settings
 
 from tests.counting_origin import counting_origin
 from tests.daemon import cache_daemon, open_cache
 from tests.raycluster import ray_cluster
 from tests.weed import bucket, s3_environment, shared_bucket, weed
+
+# No test asserts a wall-clock time, those of hypothesis neither: 200 ms for an example is what a busy machine takes now and then.
+settings.register_profile("railhead", deadline=None)
+settings.load_profile("railhead")
 
 __all__ = [
     "bucket",
