@@ -14,7 +14,7 @@ from cache.order.lookahead import Lookahead
 from cache.order.prospect import Prospect
 
 CHANGES_SHARE = 64
-"""A look at the future costs 3 ms and 0.3 µs for each extent; it is repeated when so great a part of all extents has come or gone."""
+"""A look at the future costs 1 ms and 0.6 µs for each extent; it is repeated when so great a part of all extents has come or gone."""
 LOOKS = 256
 """And when the readers have come this part of the way to the horizon."""
 NEAR_SHARE = 1 / 16
