@@ -58,7 +58,7 @@ def trial(num_extents: int, full_look: int, num_files: int) -> tuple[float, floa
         match todo.pop(0):
             case m.RemoveExtent(extent, generation):
                 num_evicted += 1
-                machine.step(m.ExtentReleased(UNKNOWN_READERS, extent, generation), now)
+                todo += step(m.ExtentReleased(UNKNOWN_READERS, extent, generation), now)
             case m.CreateExtent(object_id, extent_idx, generation):
                 todo += step(m.ExtentCreated(ExtentId(object_id.content_id, extent_idx), generation), now)
             case m.FetchBlocks() as fetch:
