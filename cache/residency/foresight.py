@@ -20,6 +20,9 @@ LOOKS = 256
 NEAR_SHARE = 1 / 16
 """Of an epoch. What is needed so soon displaces what is needed later, worth keeping or not, as it would a moment later when somebody waits
 for it. It is what fetches may be ahead by where nothing has become dispensable yet, and costs at most as many bytes more in an epoch."""
+NEAR_SHARE_OF_MANY = 1 / 64
+"""The same where several jobs share the cache: what is worth keeping for one is displaced for the other. In the simulator two jobs over a
+cache of half their data send 0.295 of their reads to the origin with it, 0.320 with a sixteenth, and neither waits."""
 MAX_PLANNED = 1024
 """So many of the extents that are worth fetching are kept from one look to the next."""
 
@@ -84,7 +87,8 @@ class Foresight:
     def _look(self, here: Container[ExtentId], capacity_bytes: float, bytes_beside: float) -> None:
         groups = self.prospect.groups
         self._steps = {group.number: group.at_step for group in groups}
-        self.near = NEAR_SHARE * min(group.num_steps * group.visits_per_step for group in groups)
+        share = NEAR_SHARE if len(groups) == 1 else NEAR_SHARE_OF_MANY
+        self.near = share * min(group.num_steps * group.visits_per_step for group in groups)
         known = min((group.known_until - group.at_step) * group.visits_per_step for group in groups)
         if known <= 0:
             self._horizon = 0.0  # Of one of the jobs the epoch that it reads is still being worked out.
