@@ -14,6 +14,7 @@ import sys
 from benchmarks.policies import POLICIES
 from benchmarks.simulation import Data, EpochResult, Job, Node, Simulation
 from cache.daemon.config import parse_bytes
+from cache.residency.forecast import expected_utilisation
 
 
 def bound(cached_share: float, origin_share: float) -> float:
@@ -23,7 +24,7 @@ def bound(cached_share: float, origin_share: float) -> float:
     >>> bound(0.5, 0.25), bound(0.5, 0.75)
     (0.5, 1.0)
     """
-    return 1.0 if cached_share >= 1 else min(1.0, origin_share / (1 - cached_share))
+    return expected_utilisation(origin_share, 1.0, min(cached_share, 1.0))
 
 
 def table(results: list[list[EpochResult]], data: Data) -> str:

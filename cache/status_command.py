@@ -85,6 +85,7 @@ def watch_page(before: dict[str, Any], now: dict[str, Any]) -> str:
         ("fetched", ", ".join(f"{name} {format_bytes(count / seconds)}/s" for name, count in fetched)),
         ("evicted", f"{format_bytes(counters['evicted_bytes'] / seconds)}/s"),
         ("waited", _waits(readers, seconds)),
+        ("forecast", now["forecast"]["text"]),
     ]
     lines = [f"{name:<12} {text}" for name, text in rows]
     return "\n".join(lines + _reader_lines(before["each_reader"], now["each_reader"], seconds))
@@ -148,6 +149,7 @@ def status_page(account: dict[str, Any]) -> str:
             f"{reads:.0f}, hit ratio {hit_ratio}, {format_bytes(readers.get('direct_bytes', 0))} past the daemon",
         ),
         ("waited", f"{readers.get('wait_s', 0):.1f} s: {waits}"),
+        ("forecast", account["forecast"]["text"]),
         ("disk", _disk_line(account["disk"], capacity)),
         (
             "verified",

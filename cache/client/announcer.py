@@ -119,8 +119,8 @@ class Announcer:
         }
         self._stream.outline(order, objects)
 
-    def consumed(self, cursor: Cursor) -> None:
-        """All batches before this place have been read."""
+    def consumed(self, cursor: Cursor, waited_s: float | None = None) -> None:
+        """All batches before this place have been read. `waited_s`: as in Stream.advance."""
         cursor = self._schedule.plan.normalised(cursor)
         num_batches = self._schedule.plan.steps_between(self._consumed, cursor)
         if self._stream is None or num_batches <= 0:
@@ -133,7 +133,7 @@ class Announcer:
             self._num_behind = self._visits_until.popleft()
         self._samples_since_told += num_batches * self._local_size
         if self._samples_since_told >= ADVANCE_SAMPLES and self._clock() - self._told_s >= ADVANCE_EVERY_S:
-            self._stream.advance(self._num_behind)
+            self._stream.advance(self._num_behind, waited_s)
             self._samples_since_told, self._told_s = 0, self._clock()
         ahead = self._schedule.plan.steps_between(cursor, self._announced) * self._local_size
         if ahead + self._portion <= self._lookahead:

@@ -87,7 +87,8 @@ class ElasticLoader:
                 self.records.handed_out(place, plan.normalised(after), numbers)
             self.step += 1
             self.num_batches += 1
-            self.sampler.consumed(self.epoch, self.step)
+            # Where this process reads, the cache knows what of the waiting was for it; what workers wait for shows here only.
+            self.sampler.consumed(self.epoch, self.step, self.wait_s if self.loader.num_workers else None)
             yield batch
             started_s = time.perf_counter()
         self.epoch, self.step = self.epoch + 1, 0

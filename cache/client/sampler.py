@@ -178,18 +178,19 @@ class ElasticBatchSampler(Sampler[list[int]]):
         """A loader that knows what was read will say so by `consumed`; from now on nothing is guessed."""
         self._loader_reports = True
 
-    def consumed(self, epoch: int, step: int) -> None:
-        """All batches before this place have been read: the cache may let go of what is needed by nobody else."""
-        self._announce_consumed(Cursor(epoch, step))
+    def consumed(self, epoch: int, step: int, waited_s: float | None = None) -> None:
+        """All batches before this place have been read: the cache may let go of what is needed by nobody else. `waited_s`: for how long the
+        training loop has waited for batches in all, where other processes read them."""
+        self._announce_consumed(Cursor(epoch, step), waited_s)
 
     def close(self) -> None:
         """Takes back what was announced."""
         if self._announcer is not None:
             self._announcer.close()
 
-    def _announce_consumed(self, cursor: Cursor) -> None:
+    def _announce_consumed(self, cursor: Cursor, waited_s: float | None = None) -> None:
         if self._announcer is not None:
-            self._announcer.consumed(cursor)
+            self._announcer.consumed(cursor, waited_s)
 
 
 def _shuffle(shuffle: bool | str | Shuffle) -> Shuffle:

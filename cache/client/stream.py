@@ -29,6 +29,8 @@ class Stream:
         self._num_behind = 0
         self._link_offset = 0
         self._outline: tuple[dict[str, Any], bytes] | None = None
+        self._bytes_behind = 0
+        self._read_before = self._bytes_read()
         door.members.add(self)
 
     def announce(self, visits: Sequence[tuple[str, int, int]], etags: Mapping[str, str] | None = None) -> None:
@@ -58,19 +60,27 @@ class Stream:
             header = {"op": "outline", "stream": self._name, **order, "first_visit": -self._link_offset}
             self._tell(link, header, objects)
 
-    def advance(self, num_visits: int) -> None:
-        """The first `num_visits` announced visits, counted from the stream's beginning, are behind the reader."""
+    def advance(self, num_visits: int, waited_s: float | None = None) -> None:
+        """The first `num_visits` announced visits, counted from the stream's beginning, are behind the reader. `waited_s`: for how long it
+        has waited for data in all, where others read for it; what this process reads itself is known."""
         if not self._is_mine:
             return
         while self._ahead and self._num_behind < num_visits:
-            self._ahead.popleft()
+            self._bytes_behind += self._ahead.popleft()[2]
             self._num_behind += 1
         link = self._linked()
         if link is not None:
-            self._tell(
-                link, {"op": "advance", "stream": self._name, "num_visits": self._num_behind - self._link_offset}
-            )
+            header = {"op": "advance", "stream": self._name, "num_visits": self._num_behind - self._link_offset}
+            header["num_bytes"] = self._bytes_behind
+            if waited_s is None and 2 * (self._bytes_read() - self._read_before) >= self._bytes_behind:
+                waited_s = self._door.stats.wait_s
+            self._tell(link, header if waited_s is None else {**header, "waited_s": waited_s})
             self._door.maybe_report()
+
+    def _bytes_read(self) -> int:
+        """By this process. Who has hardly read what is behind it has others read for it, and does not know how long they wait."""
+        stats = self._door.stats
+        return stats.hit_bytes + stats.miss_bytes + stats.direct_bytes
 
     def close(self) -> None:
         """Nothing more will be read in this order."""

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 from cache.blocks import ExtentId, ObjectId, blocks_of
 from cache.daemon.catalogue import Catalogue
 from cache.daemon.config import DaemonConfig
+from cache.daemon.foretelling import Foretelling
 from cache.daemon.hands import Hands
 from cache.daemon.indexes import Indexes
 from cache.daemon.lending import Lending
@@ -86,6 +87,7 @@ class Control:
         self._health_said_s = 0.0
         self._listener: socket.socket | None = None
         self.people = People(self)
+        self.foretelling = Foretelling(self.residency)
         self.outlines = Outlines(self._step)
         self.indexes = Indexes(
             directory.path, lambda: self.residency.budget.capacity_bytes, self._ask, self._step, self._request_ids
@@ -132,6 +134,7 @@ class Control:
         else:
             self._spawn(self.restoring.run())
         self._spawn(self._beat())
+        self._spawn(self.foretelling.run())
         if self.peers is not None:
             # Once before anybody reads: else the first blocks would all be fetched by all.
             await self.peers.round()
@@ -259,6 +262,7 @@ class Control:
             "origins": residency.origins.account(),
             "fetching": asdict(self.hands.fetcher.totals),
             "counters": asdict(residency.counters),
+            "forecast": self.foretelling.account(),
             "pins": list(residency.residents.pins),
             "recovery": {
                 "extents": self.restoring.stock.num_files,

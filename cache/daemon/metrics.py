@@ -29,6 +29,20 @@ GAUGES = {
     "announced_visits": "Reads that are known in advance",
     "uptime_s": "Seconds since the daemon started",
 }
+FORECAST = {
+    "utilisation": (
+        "forecast_utilisation_ratio",
+        "Of training's time, what it is expected to compute, given the origin",
+    ),
+    "need_bytes_per_s": ("forecast_need_bytes_per_second", "What training reads for each second of computing"),
+    "here_share": ("forecast_here_ratio", "Of what training will read, what is on this node's disk"),
+    "origin_need_bytes_per_s": ("forecast_origin_need_bytes_per_second", "What the origin would have to give"),
+    "origin_gives_bytes_per_s": (
+        "forecast_origin_gives_bytes_per_second",
+        "What the origin gave when it was busy last",
+    ),
+}
+"""Without a value while it is not known."""
 DISK_STATE = "1 for the state that the disk's health is in"
 COUNTERS = {
     "fetched_blocks": "Blocks fetched from the origin or a peer",
@@ -76,6 +90,8 @@ class _DaemonCollector:
         status = self._daemon.status()
         for key, text in GAUGES.items():
             yield GaugeMetricFamily(f"railhead_cache_{_unit(key)}", text, value=status[key])
+        for key, (name, text) in FORECAST.items():
+            yield GaugeMetricFamily(f"railhead_cache_{name}", text, value=status["forecast"][key])
         states = GaugeMetricFamily("railhead_cache_disk_state", DISK_STATE, labels=["state"])
         for health in Health:
             states.add_metric([health.value], float(status["disk"]["state"] == health.value))

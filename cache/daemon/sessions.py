@@ -20,8 +20,8 @@ Between answers a reader may be told {"evicted": true}: files that it holds were
 
 and without an answer: hint {content_id, first, end}, release {content_id, extent_idx, generation}, announce {stream, urls, num_visits} +
 visits, outline {stream, shuffle, seed, global_batch_size, drop_last, rank, world_size, first_step, first_visit, visits_per_step} + objects,
-advance {stream, num_visits}, close_stream {stream}, close {content_ids} (each as often as it was opened), report {stats},
-suspect {content_id, extent_idx}.
+advance {stream, num_visits, num_bytes?, waited_s?} (what is behind the reader, how long it waited), close_stream {stream},
+close {content_ids} (each as often as it was opened), report {stats}, suspect {content_id, extent_idx}.
 """
 
 from __future__ import annotations
@@ -290,6 +290,8 @@ class Session:
 
     def _advance(self, request: dict[str, Any]) -> None:
         stream_id = self._clients.stream_id(self._client_id, str(request["stream"]))
+        if "num_bytes" in request:
+            self._control.foretelling.came(stream_id, request["num_bytes"], request.get("waited_s"), time.monotonic())
         self._control.tell(m.OrderAdvanced(stream_id, int(request["num_visits"])))
 
     def _close_stream(self, request: dict[str, Any]) -> None:

@@ -113,6 +113,17 @@ class Lookahead:
                     return visit, block, float(distance)
             stream.cursor += 1
 
+    def is_open(self, stream_id: str) -> bool:
+        return stream_id in self._streams
+
+    def sample(self, stream_id: str, num: int, within: int | None = None) -> list[Visit]:
+        """So many of the visits (of the first `within`) that are not behind a stream's reader, spread evenly; all if there are fewer."""
+        stream = self._streams.get(stream_id)
+        if stream is None:
+            return []
+        ahead = len(stream.visits) if within is None else min(within, len(stream.visits))
+        return [stream.visits[place * ahead // min(num, ahead)] for place in range(min(num, ahead))]
+
     def next_visits(self, num: int) -> Iterator[Visit]:
         """Of each stream, the first `num` visits that are not behind its reader."""
         for stream in self._streams.values():

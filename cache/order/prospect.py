@@ -131,6 +131,9 @@ class Prospect:
     def groups(self) -> list[Group]:
         return list(self._groups.values())
 
+    def group_of(self, stream_id: str) -> Group | None:
+        return self._group_of.get(stream_id)
+
     def outline(self, stream_id: str, outline: Outline) -> None:
         """A reader's far future; it replaces an earlier one."""
         self.close(stream_id)

@@ -17,6 +17,7 @@ from typing import Any
 
 from cache.blocks import ExtentId, ObjectId
 from cache.order.lookahead import Lookahead
+from cache.order.prospect import Prospect
 from cache.residency import messages as m
 from cache.residency import on_disk, on_readers, on_shelf
 from cache.residency.budget import Budget
@@ -89,6 +90,10 @@ class Residency:
     @property
     def lookahead(self) -> Lookahead:
         return self._state.lookahead
+
+    @property
+    def prospect(self) -> Prospect:
+        return self._state.foresight.prospect
 
     @property
     def residents(self) -> Residents:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +27,9 @@ FULL_BLOCKS = LARGE_BYTES // BLOCK_BYTES
 """A request for so many blocks, or more, counts as one; a smaller one as a part of one. A limit that is found with requests of 4 MiB says
 how much an origin may be sending at once: of single blocks it takes more at once to keep it sending, for each spends most of its time on
 the way to the first byte (30 ms are 6 MB of a link of 200 MB/s; sixteen small requests kept that link half idle)."""
+
+
+PEER = "peer:"
 
 
 @dataclass
@@ -72,7 +76,7 @@ class Origins:
     def of(self, url: str, source: str = "") -> OriginState:
         """`source`: the peer that stands in for the origin. Peers are asked beside the origin, with a number of their own: what waits for
         another node must not hold up what other nodes wait for."""
-        name = f"peer:{source}" if source else origin_of(url)
+        name = f"{PEER}{source}" if source else origin_of(url)
         state = self._states.get(name)
         if state is None:
             state = self._states[name] = OriginState(Concurrency(self._cap))
@@ -105,6 +109,19 @@ class Origins:
         state.concurrency.ended(now, num_bytes, seconds, throttled=throttled)
         if throttled and not state.concurrency.refusals_are_rare:
             state.hedging.throttled(now)
+
+    @property
+    def on_the_way_bytes(self) -> int:
+        """From origins, not from peers, at most."""
+        return sum(state.blocks for state in self._sending()) * BLOCK_BYTES
+
+    @property
+    def are_busy(self) -> bool:
+        """Every origin that is sending is given all requests that it may have: what comes is what it gives."""
+        return self.on_the_way_bytes > 0 and not any(state.has_room(is_demand=False) for state in self._sending())
+
+    def _sending(self) -> Iterator[OriginState]:
+        return (state for name, state in self._states.items() if state.in_flight and not name.startswith(PEER))
 
     def account(self) -> dict[str, Any]:
         """For `status`."""

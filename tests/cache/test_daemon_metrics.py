@@ -33,6 +33,7 @@ class Account:
         return {
             **dict.fromkeys(metrics.GAUGES, 1),
             "disk": {"state": "ok"},
+            "forecast": dict.fromkeys(metrics.FORECAST, 1),
             "counters": dict.fromkeys(metrics.COUNTERS, 1),
             "readers": dict.fromkeys(metrics.READERS, 1) | {f"wait_s:{cause}": 1 for cause in metrics.WAIT_CAUSES},
         }
@@ -56,7 +57,7 @@ def test_every_metric_is_in_the_table_and_nothing_else_is() -> None:
 
 def test_every_name_ends_with_its_unit_or_with_what_is_counted() -> None:
     for name in families():
-        assert name.endswith(("_bytes", "_seconds", *COUNTED, *STATES)), name
+        assert name.endswith(("_bytes", "_seconds", "_bytes_per_second", "_ratio", *COUNTED, *STATES)), name
         assert not name.endswith("_s") and "_ms" not in name
 
 
@@ -68,3 +69,12 @@ def test_causes_of_waiting_are_those_that_the_manual_explains() -> None:
     given = {sample.labels["cause"] for sample in waits.samples if sample.name.endswith("_total")}
     assert given <= explained and {"origin", "peer", "disk", "delayed-hit", "order-unknown"} <= given
     assert all(sample.value == 1 for sample in waits.samples)
+
+
+def test_what_is_not_foretold_has_no_value() -> None:
+    """A made-up 0 or 1 would raise an alarm, or hide one."""
+    account = Account()
+    unknown = account.status() | {"forecast": dict.fromkeys(metrics.FORECAST)}
+    account.status = lambda: unknown  # type: ignore[method-assign]
+    given = {family.name: family.samples for family in metrics._DaemonCollector(account).collect()}
+    assert all(given[f"railhead_cache_{name}"] == [] for name, _ in metrics.FORECAST.values())

@@ -192,7 +192,8 @@ class RecordingStream:
         self.visits.extend(visits)
         self.num_messages += 1
 
-    def advance(self, num_visits: int) -> None:
+    def advance(self, num_visits: int, waited_s: float | None = None) -> None:
+        self.waited_s = waited_s
         assert self.num_behind <= num_visits <= len(self.visits)
         self.num_behind = num_visits
         self.num_messages += 1
@@ -315,3 +316,15 @@ def test_a_reader_of_resident_data_does_not_wake_the_daemon_all_the_time() -> No
 def test_plain_dataloader_keeps_what_it_prefetched_announced() -> None:
     """Nobody tells the sampler what was read: what a DataLoader may still hold in its workers must not be given up."""
     assert PREFETCHED_BATCHES >= 16 * 2
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_loader_says_how_long_its_loop_waited_where_workers_read(num_workers: int) -> None:
+    """Workers of a starved loop wait all the time, and those of one that is not wait for the loop: only the loop knows what it lost."""
+    sampler = ElasticBatchSampler(32, 4, rank=0, world_size=1)
+    said: list[float | None] = []
+    sampler.consumed = lambda epoch, step, waited_s=None: said.append(waited_s)  # type: ignore[method-assign]
+    loader = ElasticLoader(list(range(32)), sampler, num_workers=num_workers)  # type: ignore[arg-type]
+    assert len(list(loader)) == len(said) == 8
+    waits = [waited_s for waited_s in said if waited_s is not None]
+    assert waits == sorted(waits) and len(waits) == (8 if num_workers else 0)

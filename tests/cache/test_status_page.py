@@ -17,6 +17,7 @@ def account(**changes: Any) -> dict[str, Any]:
         "capacity_bytes": 128 * MIB,
         "in_flight_blocks": 0,
         "disk": {"state": "ok"},
+        "forecast": {"text": "expect 81% utilisation"},
         "counters": {"fetched_bytes": 0, "borrowed_bytes": 0, "evicted_bytes": 0},
         "readers": {},
         "each_reader": [],
@@ -36,6 +37,7 @@ def test_rates_and_shares_are_of_the_time_between_two_looks() -> None:
     page = watch_page(before, account(uptime_s=12.0, readers=stats | waits, counters=counters))
     assert "90.0% of 100 reads" in page
     assert "disk 10 MiB/s, waited for 1 MiB/s" in page and "origin 2 MiB/s, peers 3 MiB/s" in page
+    assert "forecast     expect 81% utilisation" in page
     assert "25.0% of the time: order unknown 20.0%, origin 5.0%" in page
 
 
