@@ -90,7 +90,12 @@ class Control:
         self.foretelling = Foretelling(self.residency)
         self.outlines = Outlines(self._step)
         self.indexes = Indexes(
-            directory.path, lambda: self.residency.budget.capacity_bytes, self._ask, self._step, self._request_ids
+            directory.path,
+            lambda: self.residency.budget.capacity_bytes,
+            self._ask,
+            self._step,
+            self._request_ids,
+            lambda: self.hands.with_index(lambda directory, index: None),
         )
 
         if config.peers is not None:

@@ -238,28 +238,35 @@ class Hands:
         return self._remove(action, self._on_disk(self._remove_on_disk, action))
 
     async def _remove(self, action: m.RemoveExtent, removed: asyncio.Future[int]) -> None:
-        size = await _size_left(removed)
+        size = await removed
         self.holds.was_evicted(action, size > 0, size)
 
     def _remove_on_disk(self, action: m.RemoveExtent) -> int:
-        """Bytes of a file that is held by somebody; 0 when it has gone."""
+        """Bytes of a file that is held by somebody, or that the disk refuses to remove; 0 when it has gone."""
         assert self._index is not None
-        is_held = retire_extent(self.directory, action.extent, action.generation)
+        try:
+            is_left = retire_extent(self.directory, action.extent, action.generation)
+        except OSError as error:
+            log.warning("cannot remove an evicted file, which counts until it can be: %s", error)
+            is_left = True
         with index_errors():
             self._index.remove([(action.extent, action.generation)])
-        return held_bytes(self.directory, action.extent, action.generation) if is_held else 0
+        return held_bytes(self.directory, action.extent, action.generation) if is_left else 0
 
     def remove_held(self, action: m.RemoveHeld) -> Coroutine[Any, Any, None]:
         """As `create`."""
         return self._remove_held(action, self._on_disk(self._remove_held_on_disk, action))
 
-    async def _remove_held(self, action: m.RemoveHeld, removed: asyncio.Future[int]) -> None:
-        size = await _size_left(removed)
-        self.holds.was_let_go(action, size > 0, size)
+    async def _remove_held(self, action: m.RemoveHeld, removed: asyncio.Future[bool]) -> None:
+        self.holds.was_let_go(action, not await removed)
 
-    def _remove_held_on_disk(self, action: m.RemoveHeld) -> int:
-        is_gone = remove_if_let_go(self.directory, action.extent, action.generation)
-        return 0 if is_gone else held_bytes(self.directory, action.extent, action.generation)
+    def _remove_held_on_disk(self, action: m.RemoveHeld) -> bool:
+        """Whether it is gone."""
+        try:
+            return remove_if_let_go(self.directory, action.extent, action.generation)
+        except OSError as error:
+            log.warning("cannot remove an evicted file, which counts until it can be: %s", error)
+            return False
 
     async def read_table(self, action: m.ReadTable) -> None:
         path = str(self.directory.extent_path(action.extent, action.generation))
@@ -275,11 +282,3 @@ class Hands:
         first = action.extent.extent_idx * BLOCKS_PER_EXTENT
         present = frozenset(first + slot for slot in frame.header["present"])
         self._tell(m.ExtentTableRead(action.extent, action.generation, present))
-
-
-async def _size_left(removed: asyncio.Future[int]) -> int:
-    try:
-        return await removed
-    except (OSError, CacheError) as error:
-        log.warning("cannot remove an evicted file: %s", error)
-        return 0

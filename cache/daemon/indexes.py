@@ -24,7 +24,8 @@ _SHELF_CLIENT = "shelf"
 
 
 class Indexes:
-    """`ask`: the machine's answer to a request; `tell`: an event that nobody waits for. Runs on the event loop."""
+    """`ask`: the machine's answer to a request; `tell`: an event that nobody waits for; `evicted`: returns when what the machine has
+    evicted until now has left the disk, which another thread sees to. Runs on the event loop."""
 
     def __init__(
         self,
@@ -33,11 +34,13 @@ class Indexes:
         ask: Callable[[m.SpaceAsked], Awaitable[m.Answer]],
         tell: Callable[[m.Event], None],
         request_ids: itertools.count[int],
+        evicted: Callable[[], Awaitable[None]],
     ) -> None:
         self._shelf = Shelf(directory / "indexes")
         self._capacity_bytes = capacity_bytes
         self._ask, self._tell = ask, tell
         self._request_ids = request_ids
+        self._evicted = evicted
         self._sizes: OrderedDict[str, int] = OrderedDict()
         self._lock = asyncio.Lock()
         self._disk = ThreadPoolExecutor(max_workers=1, thread_name_prefix="indexes")
@@ -59,7 +62,7 @@ class Indexes:
             return None
 
     async def keep(self, key: str, data: bytes) -> None:
-        """Raises CapacityError when there is no room, or the disk has none; ValueError for what is no key."""
+        """Raises CapacityError when there is no room; DiskError when the disk has none, or refuses; ValueError for what is no key."""
         if not is_shelf_key(key):
             raise ValueError(f"{key!r} is no key of an index")
         size = len(data) + FILE_OVERHEAD_BYTES
@@ -72,6 +75,7 @@ class Indexes:
                 await self._drop(next(iter(self._sizes)))
             await self._ask(m.SpaceAsked(next(self._request_ids), _SHELF_CLIENT, size))
             try:
+                await self._evicted()
                 await self._on_disk(self._shelf.put, key, data)
             except CacheError:
                 self._tell(m.SpaceReturned(size))
@@ -79,10 +83,9 @@ class Indexes:
             self._sizes[key] = size
 
     async def _drop(self, key: str) -> None:
-        size = self._sizes.pop(key, None)
-        if size is not None:
+        if key in self._sizes:
             await self._on_disk(self._shelf.remove, key)
-            self._tell(m.SpaceReturned(size))
+            self._tell(m.SpaceReturned(self._sizes.pop(key)))
 
     def close(self) -> None:
         with contextlib.suppress(RuntimeError):

@@ -15,8 +15,8 @@ STALE_HOLD_S = 2.0
 expected back soon."""
 
 UNKNOWN_READERS = ""
-"""Holds a file that no connected reader was given: a reader of the daemon before this one has it open, or a child of one that has gone. No
-message will say when that is over; the kernel does (store/holding.py)."""
+"""Holds an evicted file until the disk has said that nobody has it open. Somebody may have of whom no message comes: a reader of the daemon
+before this one, a child of one that has gone, or one that died and whose files the kernel is still closing (store/holding.py)."""
 
 UNBOUNDED = 1 << 62
 
@@ -106,26 +106,26 @@ class Budget:
         self.ghosts[extent, generation] = Ghost(size_bytes, holders, now)
 
     def let_go(self, extent: ExtentId, generation: int, client_id: str) -> bool:
-        """A reader closed an evicted file once; True when that freed its bytes."""
+        """A reader closed an evicted file once. Its bytes are free when nobody is left, the unknown ones included. True when only those
+        are: now the disk can be asked."""
         ghost = self.ghosts.get((extent, generation))
-        if ghost is None:
+        if ghost is None or client_id not in ghost.holders:
             return False
         release(ghost.holders, client_id)
-        if ghost.holders:
-            return False
-        del self.ghosts[extent, generation]
-        self.give_back(ghost.size_bytes)
-        return True
+        if not ghost.holders:
+            del self.ghosts[extent, generation]
+            self.give_back(ghost.size_bytes)
+        return ghost.holders.keys() == {UNKNOWN_READERS}
 
     def forget_client(self, client_id: str) -> list[tuple[ExtentId, int]]:
-        """A reader is gone, and with it every file that it held; those that nobody else holds."""
-        freed = []
+        """A reader is gone, and with it every file that it held; those of which the disk can be asked now."""
+        doubtful = []
         for (extent, generation), ghost in list(self.ghosts.items()):
             if client_id in ghost.holders:
                 ghost.holders[client_id] = 1
                 if self.let_go(extent, generation, client_id):
-                    freed.append((extent, generation))
-        return freed
+                    doubtful.append((extent, generation))
+        return doubtful
 
     def expected_back(self, now: float) -> tuple[int, int]:
         """Bytes and files that readers at work will let go of in a moment."""

@@ -394,12 +394,13 @@ class RemoveExtent:
     is_held: bool = False
     """Readers that this daemon knows hold it: RemoveHeld follows when the last has let go."""
     is_old: bool = False
-    """From before this daemon: say (by an ExtentReleased of UNKNOWN_READERS) when no reader of the former one holds it."""
+    """Readers of whom it hears nothing may hold it: say (by an ExtentReleased of UNKNOWN_READERS) when none does. It counts until then."""
 
 
 @dataclass(frozen=True)
 class RemoveHeld:
-    """Nobody holds the evicted file any more: remove what was set aside."""
+    """No reader that this daemon knows holds the evicted file any more: remove what was set aside, and say (by an ExtentReleased of
+    UNKNOWN_READERS) when it is gone. It counts until then."""
 
     extent: ExtentId
     generation: int

@@ -193,8 +193,11 @@ def extent_released(s: State, event: m.ExtentReleased) -> None:
 def client_gone(s: State, event: m.ClientGone) -> None:
     # By what is known of this client: to look at 100,000 extents each time somebody has gone would hold everybody up.
     for key in s.held_by.pop(event.client_id, ()):
-        if (extent := s.residents.extents.get(key)) is not None:
+        if (extent := s.residents.extents.get(key)) is not None and event.client_id in extent.holders:
             del extent.holders[event.client_id]
+            extent.is_old = (
+                True  # His socket is closed; his files may be so a moment later, or live on in a child of his.
+            )
     for extent_id, generation in s.budget.forget_client(event.client_id):
         s.actions.append(m.RemoveHeld(extent_id, generation))
     for request_id in s.waiting.of_client(event.client_id):

@@ -67,7 +67,7 @@ class Extent:
     needs_table: bool = False
     """Found on disk, and nobody has needed to know yet which blocks it holds."""
     is_old: bool = False
-    """Found on disk: readers of a former daemon may hold it open."""
+    """Found on disk, or a reader that held it has died: somebody may hold it open of whom this daemon hears nothing."""
     holders: Counter[str] = field(default_factory=Counter)
     """Per reader, how many times it was given the file and has not let go of it."""
     backlog: dict[int, None] = field(default_factory=dict)

@@ -148,8 +148,8 @@ class State:
         self.actions.append(m.PublishWord(word_idx, value))
 
     def evict(self, extent: Extent) -> None:
-        """Words to zero, then unlink; the bytes come free now, or when the last reader lets go. Whether readers of a former daemon hold an
-        old file only the disk can say: its bytes count until it has."""
+        """Words to zero, then unlink; the bytes come free now, or, of a file that somebody had, when the last reader has let go and the
+        disk has said that it is gone: what a dead reader's kernel, his child or a reader of a former daemon keeps is on the disk still."""
         assert extent.num_busy == 0, extent
         for block in extent.block_indices:
             if extent.state(block).is_readable:
@@ -159,7 +159,7 @@ class State:
         self.publish(EVICTION_WORD, self.num_evictions)
         is_held, is_old = bool(extent.holders), extent.is_old
         self.actions.append(m.RemoveExtent(extent.key, extent.generation, is_held, is_old))
-        if is_old:
+        if is_held or is_old:
             extent.holders[UNKNOWN_READERS] = 1
         del self.residents.extents[extent.key]
         self.foresight.changed()

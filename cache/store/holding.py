@@ -36,18 +36,21 @@ def retire_extent(directory: CacheDirectory, extent: ExtentId, generation: int) 
 
 
 def remove_if_let_go(directory: CacheDirectory, extent: ExtentId, generation: int) -> bool:
-    """What was set aside goes, if nobody holds it any more (True). Raises OSError."""
-    path = _aside(directory.extent_path(extent, generation))
-    if _is_held(path):
-        return False
-    path.unlink(missing_ok=True)
+    """What was set aside goes, or what the disk refused to remove, if nobody holds it any more (True). Raises OSError."""
+    path = directory.extent_path(extent, generation)
+    for left in (_aside(path), path):
+        if _is_held(left):
+            return False
+        left.unlink(missing_ok=True)
     return True
 
 
 def held_bytes(directory: CacheDirectory, extent: ExtentId, generation: int) -> int:
-    """The size of what was set aside; 0 when it is not there."""
-    with contextlib.suppress(OSError):
-        return _aside(directory.extent_path(extent, generation)).stat().st_size
+    """What an evicted file still takes on the disk, set aside or not removed; 0 when it is not there."""
+    path = directory.extent_path(extent, generation)
+    for left in (_aside(path), path):
+        with contextlib.suppress(OSError):
+            return left.stat().st_size
     return 0
 
 

@@ -62,5 +62,8 @@ class Shelf:
         return fd
 
     def remove(self, key: str) -> None:
-        with contextlib.suppress(OSError):
+        """Raises DiskError when the disk refuses that: it is there still."""
+        try:
             (self._path / f"{key}.idx").unlink(missing_ok=True)
+        except OSError as error:
+            raise disk_error(error, f"cannot remove an index in {self._path}") from error

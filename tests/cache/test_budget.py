@@ -7,30 +7,37 @@ from collections import Counter
 import pytest
 
 from cache.blocks import ExtentId
-from cache.residency.budget import STALE_HOLD_S, Budget, Floor
+from cache.residency.budget import STALE_HOLD_S, UNKNOWN_READERS, Budget, Floor
 
 X, Y = ExtentId("x", 0), ExtentId("y", 0)
 
 
-def test_an_evicted_file_counts_until_its_last_reader_lets_go() -> None:
+def test_an_evicted_file_counts_until_its_last_reader_lets_go_and_the_disk_says_that_it_is_gone() -> None:
     budget = Budget(100, 10)
     budget.take(60)
-    budget.haunt(X, 1, 60, Counter({"a": 2, "b": 1}), now=5.0)
+    budget.haunt(X, 1, 60, Counter({"a": 2, "b": 1, UNKNOWN_READERS: 1}), now=5.0)
     assert (budget.free_bytes, budget.held_bytes, budget.num_files) == (40, 60, 1)
     assert not budget.let_go(X, 1, "a") and not budget.let_go(X, 1, "b")
     assert budget.free_bytes == 40
-    assert budget.let_go(X, 1, "a")
+    assert budget.let_go(X, 1, "a"), "now the disk can be asked"
+    assert not budget.let_go(X, 1, "a"), "and need not be twice"
+    assert budget.free_bytes == 40
+    assert not budget.let_go(X, 1, UNKNOWN_READERS)
     assert (budget.free_bytes, budget.held_bytes, budget.num_files) == (100, 0, 0)
 
 
-def test_a_dead_reader_holds_nothing_however_often_it_was_given_the_file() -> None:
+def test_of_a_dead_reader_the_disk_is_asked_however_often_it_was_given_the_file() -> None:
+    """Its socket is closed before the kernel has closed its files, and a child of it may live on with them."""
     budget = Budget(100, 10)
     for extent, holders in ((X, Counter({"dead": 3})), (Y, Counter({"dead": 1, "alive": 1}))):
         budget.take(30)
-        budget.haunt(extent, 1, 30, holders, now=0.0)
-    assert budget.forget_client("dead") == [(X, 1)]
+        budget.haunt(extent, 1, 30, holders + Counter({UNKNOWN_READERS: 1}), now=0.0)
+    assert budget.forget_client("dead") == [(X, 1)] and budget.held_bytes == 60
+    budget.let_go(X, 1, UNKNOWN_READERS)
     assert budget.held_bytes == 30 and list(budget.ghosts) == [(Y, 1)]
-    assert budget.forget_client("alive") == [(Y, 1)]
+    budget.let_go(Y, 1, UNKNOWN_READERS)
+    assert budget.held_bytes == 30, "the other one lives, and has it"
+    assert budget.forget_client("alive") == [], "the disk has spoken already"
     assert budget.used_bytes == budget.num_files == 0
 
 
@@ -41,7 +48,8 @@ def test_letting_go_of_what_is_not_held_changes_nothing() -> None:
     budget.haunt(X, 1, 60, Counter({"a": 1}), now=0.0)
     assert not budget.let_go(X, 2, "a") and not budget.let_go(Y, 1, "a") and not budget.let_go(X, 1, "stranger")
     assert budget.used_bytes == 60 and budget.ghosts[X, 1].holders == Counter({"a": 1})
-    assert budget.let_go(X, 1, "a") and not budget.let_go(X, 1, "a")
+    budget.let_go(X, 1, "a")
+    budget.let_go(X, 1, "a")
     assert budget.used_bytes == 0
 
 

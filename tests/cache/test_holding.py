@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import mmap
 import os
 from collections.abc import Awaitable, Callable, Iterator
@@ -12,6 +13,7 @@ from typing import TypeVar
 import pytest
 
 from cache.blocks import ExtentId, ObjectId
+from cache.daemon.hands import Hands
 from cache.daemon.holds import Holds
 from cache.residency import messages as m
 from cache.residency.budget import UNKNOWN_READERS
@@ -114,6 +116,11 @@ class Told:
             m.RemoveExtent(EXTENT, 7, is_held, is_old), is_open, held_bytes(self.directory, EXTENT, 7)
         )
 
+    def let_go(self) -> None:
+        hands = Hands.__new__(Hands)
+        hands.directory, hands.holds = self.directory, self.holds
+        self.holds.was_let_go(m.RemoveHeld(EXTENT, 7), not hands._remove_held_on_disk(m.RemoveHeld(EXTENT, 7)))
+
     def look(self) -> list[m.Event]:
         self.events.clear()
         asyncio.run(self.holds.look())
@@ -134,20 +141,14 @@ def test_an_old_file_that_nobody_holds_is_given_back_at_once(directory: CacheDir
     assert told.events == [RELEASED]
 
 
-def test_who_closes_his_files_a_moment_after_his_socket_is_not_counted_and_who_keeps_them_is(
+def test_what_a_child_keeps_when_all_have_let_go_counts_from_the_moment_of_its_eviction(
     directory: CacheDirectory,
 ) -> None:
-    """A killed reader's descriptors close one after the other. A forked child that goes on with its dead parent's map keeps it."""
     fd, told = handed_over(directory), Told(directory)
     told.evict()
+    assert told.events == [m.HeldFound(EXTENT, 7, BYTES)] and told.look() == []
     os.close(fd)
-    assert told.look() == [] and names(directory) == []
-    create_extent(directory, ExtentLabel(OBJECT, 0), 7)
-    fd = handed_over(directory)
-    told.evict()
-    assert told.look() == [m.HeldFound(EXTENT, 7, BYTES)] and told.look() == []
-    os.close(fd)
-    assert told.look() == [RELEASED]
+    assert told.look() == [RELEASED] and names(directory) == []
 
 
 def test_what_connected_readers_hold_is_theirs_to_let_go_of(directory: CacheDirectory) -> None:
@@ -155,3 +156,34 @@ def test_what_connected_readers_hold_is_theirs_to_let_go_of(directory: CacheDire
     told.evict(is_held=True)
     assert told.look() == [] and len(names(directory)) == 1, "RemoveHeld comes"
     os.close(fd)
+    told.let_go()
+    assert told.events == [RELEASED] and names(directory) == []
+
+
+def test_who_closes_his_files_a_moment_after_his_socket_counts_until_then(directory: CacheDirectory) -> None:
+    """The machine was told that a killed reader is gone while its files were open still, gave their bytes back for half a second, and the
+    disk was full with what no book knew of."""
+    fd, told = handed_over(directory), Told(directory)
+    told.evict(is_held=True)
+    told.let_go()
+    assert told.events == [] and told.look() == []
+    os.close(fd)
+    assert told.look() == [RELEASED] and names(directory) == []
+
+
+def test_what_the_disk_refuses_to_remove_counts_until_it_does(
+    directory: CacheDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mounted read-only by the kernel, say, and mended later: the file is there all the while."""
+
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    fd, told = handed_over(directory), Told(directory)
+    told.evict(is_held=True)
+    os.close(fd)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", refuse)
+        told.let_go()
+        assert told.events == [] and told.look() == []
+    assert told.look() == [RELEASED] and names(directory) == []

@@ -66,6 +66,7 @@ class Node:
         world = self.world
         request_id = world.want(client_id, world.objects[content_id], first, end)
         try:
+            self.disk_says_what_is_gone()
             while world.creations:
                 world.create_done(world.creations[0])
             while world.fetches:
@@ -85,6 +86,11 @@ class Node:
 
     def lent(self, loan: int) -> None:
         asyncio.run(self.lending.answer(1, {"op": "lent", "hold": loan}))
+        self.disk_says_what_is_gone()
+
+    def disk_says_what_is_gone(self) -> None:
+        while self.world.looks:
+            self.world.unknown_readers_let_go(self.world.looks[0])
 
 
 def an_object(number: int) -> ObjectId:
@@ -142,4 +148,5 @@ def test_what_a_dead_worker_was_sending_is_let_go_of() -> None:
     node.world.evict(one)
     assert node.residency.budget.held_bytes == FILE_BYTES
     node.lending.worker_gone(7)
+    node.disk_says_what_is_gone()
     assert (node.residency.budget.used_bytes, node.residency.num_objects) == (0, 0)

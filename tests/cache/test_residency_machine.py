@@ -85,6 +85,24 @@ def test_who_no_longer_waits_holds_nothing_up() -> None:
     assert world.answers[second].error is None
 
 
+def test_bytes_that_a_dead_reader_had_count_until_the_disk_says_that_nobody_has_them() -> None:
+    """Evicted before his death or after it: his kernel may still be closing them, and a child of his may read on."""
+    for evicts_first in (True, False):
+        world = World(15 * MIB)
+        read(world, "a", A, hold=True)
+        world.open("b", B)
+        if not evicts_first:
+            world.leave("a")
+        request_id = world.want("b", B, 0, 3)
+        if evicts_first:
+            world.leave("a")
+        assert world.machine.budget.held_bytes > 12 * MIB and not world.creations
+        world.unknown_readers_let_go(world.looks[0])
+        assert world.machine.budget.held_bytes == 0 and len(world.creations) == 1
+        world.run_until_quiet()
+        assert world.answers[request_id].error is None
+
+
 def test_bytes_that_readers_hold_count_until_they_let_go() -> None:
     world = World(15 * MIB)
     read(world, "a", A, hold=True)
@@ -93,6 +111,8 @@ def test_bytes_that_readers_hold_count_until_they_let_go() -> None:
     assert world.machine.budget.held_bytes > 12 * MIB and not world.creations, "evicted, but its bytes are not free"
     (key,) = [key for key, holders in world.holders.items() if holders]
     world.release(key, "a")
+    assert world.machine.budget.held_bytes > 12 * MIB and not world.creations, "the disk has not said that it is gone"
+    world.unknown_readers_let_go(key)
     assert world.machine.budget.held_bytes == 0 and len(world.creations) == 1
     world.run_until_quiet()
     assert world.answers[request_id].error is None
@@ -108,6 +128,7 @@ def test_a_reader_that_never_lets_go_sends_the_others_to_the_origin_after_a_whil
     world.pass_time(0.2)
     assert isinstance(world.answers[request_id].error, CapacityError)
     world.leave("idle")
+    world.run_until_quiet()
     assert world.machine.budget.used_bytes == 0
 
 

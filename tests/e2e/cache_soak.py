@@ -392,6 +392,9 @@ class Soak:
         wait_until(lambda: self.daemon.status()["clients"] == 0, "all readers have gone", 60)
         wait_until(lambda: self.daemon.status()["in_flight_blocks"] == 0, "nothing is under way", 120)
         wait_until(lambda: self.daemon.status()["held_bytes"] == 0, "nobody holds what was evicted", 60)
+        # What the readers had hinted at may come still, and files for it come and go while we count.
+        polls: list[list[Any]] = []
+        wait_until(lambda: self._comes_to_rest(polls), "no file comes or goes", 60)
         status = self.daemon.status()
         assert status["held_bytes"] == status["waiting_requests"] == status["streams"] == 0, status
         num_indexes = len(list(self.daemon.dir.rglob("*.idx")))
@@ -401,6 +404,15 @@ class Soak:
         assert not self.daemon.held_files, "files that nobody holds were left"
         wait_until(lambda: _descriptors(self.daemon.pid) <= baseline + 2, "no descriptor was leaked", 60)
         assert "Traceback" not in self.daemon.log, self.daemon.log[-5000:]
+
+    def _comes_to_rest(self, polls: list[list[Any]]) -> bool:
+        """Nothing has happened for many polls, and what the machine counts is there: no file is being made or removed."""
+        status = self.daemon.status()
+        counters = status["counters"]
+        seen = [status["used_bytes"], counters["fetched_blocks"], counters["evicted_extents"], self.daemon.disk_bytes()]
+        polls.append(seen)
+        is_idle = status["in_flight_blocks"] == status["held_bytes"] == 0
+        return is_idle and status["extents"] == len(self.daemon.extent_files) and polls[-20:] == [seen] * 20
 
     def _audit_nothing_twice(self) -> None:
         """With room for all and all of it here, a daemon that is killed and started again asks the origin for nothing."""

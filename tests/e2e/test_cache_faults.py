@@ -102,6 +102,7 @@ def _make_trouble(daemon: CacheDaemon, readers: list[subprocess.Popen[bytes]], r
 def _assert_books_balance(daemon: CacheDaemon, urls: list[str]) -> None:
     wait_until(lambda: daemon.status()["clients"] == 0, "all readers have gone")
     wait_until(lambda: daemon.status()["in_flight_blocks"] == 0, "nothing is under way")
+    wait_until(lambda: daemon.status()["held_bytes"] == 0, "nobody holds what was evicted")
     status = daemon.status()
     assert status["held_bytes"] == status["waiting_requests"] == status["streams"] == 0
     assert status["files"] == status["extents"] == len(daemon.extent_files)

@@ -81,7 +81,7 @@ def test_a_view_outlives_the_eviction_of_its_file(
     assert obj.read(0, len(data)) == data, "and the object is fetched anew"
     del view
     wait_until(lambda: bool(obj.read(0, 10)) and _flushed(cache), "the old file is let go of")
-    assert cache_daemon.status()["held_bytes"] == 0
+    wait_until(lambda: cache_daemon.status()["held_bytes"] == 0, "and the disk says that it is gone")
 
 
 def _flushed(cache: Cache) -> bool:

@@ -114,7 +114,7 @@ class World:
         self.objects: dict[str, ObjectId] = {}
         self.used_generations: set[int] = set()
         self.old: set[FileKey] = set()
-        """Files from before this daemon."""
+        """Files from before this daemon, and those of readers that have died."""
         self.looks: list[FileKey] = []
         """Evicted files of which the disk has not said yet that nobody unknown holds them."""
         self.num_fetches: Counter[tuple[str, int]] = Counter()
@@ -185,6 +185,8 @@ class World:
             del self.open_requests[request_id]
         self.unsettled = {rid for rid in self.unsettled if self.asked[rid].client_id != client}
         for key in list(self.holders):
+            if self.holders[key][client] and self.current.get(key[0]) == key[1]:
+                self.old.add(key)
             self._let_go(key, client, self.holders[key][client])
         self.clients.discard(client)
         self.step(m.ClientGone(client))
@@ -323,8 +325,10 @@ class World:
             case m.RemoveExtent(extent, generation):
                 self._remove(action)
             case m.RemoveHeld(extent, generation):
-                file = self.files.pop((extent, generation))
-                assert file.is_unlinked and not self.holders.get((extent, generation)), action
+                assert self.files[extent, generation].is_unlinked, action
+                assert set(self.holders[extent, generation]) == {UNKNOWN_READERS}, action
+                if (extent, generation) not in self.looks:
+                    self.looks.append((extent, generation))
             case m.ReadTable(extent, generation):
                 assert self.current[extent] == generation
                 assert action not in self.tables, "a table is read twice at once"
@@ -385,8 +389,9 @@ class World:
         file.is_unlinked = True
         assert action.is_held == bool(self.holders.get((extent, generation)))
         assert action.is_old == ((extent, generation) in self.old)
-        if action.is_old:
+        if action.is_old or action.is_held:
             self.holders.setdefault((extent, generation), Counter())[UNKNOWN_READERS] = 1
+        if action.is_old:
             self.looks.append((extent, generation))
         if not self.holders.get((extent, generation)):
             del self.files[extent, generation]
@@ -422,6 +427,8 @@ class World:
         held = self.holders.get(key, Counter())
         held[client] -= min(times, held[client])
         self.holders[key] = +held
+        if not self.holders[key] and key in self.files and self.files[key].is_unlinked:
+            del self.files[key]
 
     # -- what the world knows --
 
