@@ -23,6 +23,7 @@ from cache.errors import CacheError, CapacityError, CorruptBlock, DiskError, Ori
 from cache.origin.plain_http import Connections, Head, NotPlain, PlainTarget
 from cache.origin.registry import origin_for
 from cache.store.files import disk_error, label_of
+from cache.store.holding import mark_held
 
 MAX_READERS = 512
 """Threads, made when needed: each waits on one connection, with a buffer of 256 KiB."""
@@ -205,10 +206,12 @@ def _reader_ended(running: _Running, reading: asyncio.Future[float]) -> None:
 
 def _open_run(request: dict[str, Any]) -> BlockFetch:
     """Opened for each run (some 50 µs against the milliseconds of 4 MiB) and never kept: a file that is open here after its eviction would
-    take space that nobody counts. Raises DiskError, also for a file that no longer says whose it is."""
+    take space that nobody expects; a killed worker's counts until the kernel has closed it. Raises DiskError, also for a file
+    that no longer says whose it is."""
     path = request["path"]
     try:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        mark_held(fd)
     except FileNotFoundError as error:
         raise DiskError(f"{path} was removed", kind="lost") from error
     except OSError as error:

@@ -28,6 +28,7 @@ from cache.daemon.peerauth import Ask, check_authorization, proof
 from cache.errors import CacheError
 from cache.origin.plain_http import NotPlain
 from cache.store.format import LABEL_BYTES, decode_entry
+from cache.store.holding import mark_held
 
 log = logging.getLogger("railhead.cache.peers")
 
@@ -175,6 +176,7 @@ class PeerServer:
             start, end = run_span(object_id.size_bytes, ask.first, ask.end)
             try:
                 fd = os.open(lent["path"], os.O_RDONLY | os.O_CLOEXEC)
+                mark_held(fd)
             except OSError as error:
                 raise Refusal(503, "evicted a moment ago") from error
             try:

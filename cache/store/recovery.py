@@ -87,9 +87,11 @@ def take_stock(directory: CacheDirectory, index: Index) -> Stock:
 def _look_at_held(directory: CacheDirectory, extent: ExtentId, generation: int, stock: Stock) -> None:
     """A former daemon evicted it while somebody had it open."""
     stock.last_generation = max(stock.last_generation, generation)
+    is_gone = False  # What the disk refuses to remove counts as held.
     with contextlib.suppress(OSError):
-        if not remove_if_let_go(directory, extent, generation):
-            stock.held.append(HeldFile(extent, generation, held_bytes(directory, extent, generation)))
+        is_gone = remove_if_let_go(directory, extent, generation)
+    if not is_gone:
+        stock.held.append(HeldFile(extent, generation, held_bytes(directory, extent, generation)))
 
 
 def _add_unindexed(directory: CacheDirectory, names: Iterable[str], stock: Stock) -> None:
@@ -117,10 +119,10 @@ def _discard(directory: CacheDirectory, extent: ExtentId, generation: int, stock
 
 def _retire(directory: CacheDirectory, extent: ExtentId, generation: int) -> list[HeldFile]:
     """Empty when it has gone."""
+    is_left = True  # What the disk refuses to remove counts as held.
     with contextlib.suppress(OSError):
-        if retire_extent(directory, extent, generation):
-            return [HeldFile(extent, generation, held_bytes(directory, extent, generation))]
-    return []
+        is_left = retire_extent(directory, extent, generation)
+    return [HeldFile(extent, generation, held_bytes(directory, extent, generation))] if is_left else []
 
 
 def fits(object_id: ObjectId, file: FoundFile) -> bool:

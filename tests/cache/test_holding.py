@@ -13,8 +13,10 @@ from typing import TypeVar
 import pytest
 
 from cache.blocks import ExtentId, ObjectId
+from cache.daemon.fetches import _open_run
 from cache.daemon.hands import Hands
 from cache.daemon.holds import Holds
+from cache.daemon.worker import _opened
 from cache.residency import messages as m
 from cache.residency.budget import UNKNOWN_READERS
 from cache.store.directory import CacheDirectory
@@ -83,6 +85,36 @@ def test_a_child_holds_what_its_parent_held_and_a_dead_one_holds_nothing(directo
     os.close(write)
     os.waitpid(child, 0)
     assert remove_if_let_go(directory, EXTENT, 7)
+
+
+def test_a_worker_that_is_killed_at_its_work_holds_the_file_until_the_kernel_has_closed_it(
+    directory: CacheDirectory,
+) -> None:
+    """The daemon sees its socket close before that, and may evict what it had in hand."""
+    request = {"path": str(directory.extent_path(EXTENT, 7)), "slot": 0, "start": 0, "end": 1000}
+    run = _open_run(request)
+    assert retire_extent(directory, EXTENT, 7)
+    run.close()
+    assert remove_if_let_go(directory, EXTENT, 7)
+    create_extent(directory, ExtentLabel(OBJECT, 0), 7)
+    with _opened(request["path"]):
+        assert retire_extent(directory, EXTENT, 7)
+    assert remove_if_let_go(directory, EXTENT, 7)
+
+
+def test_what_the_disk_refuses_to_remove_when_a_daemon_starts_counts(
+    directory: CacheDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    index = Index(directory.index_path)
+    create_extent(directory, ExtentLabel(OBJECT, 0), 8)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", refuse)
+        assert take_stock(directory, index).held == [(EXTENT, 7, BYTES)], "the older of two files of one extent"
+    assert take_stock(directory, index).held == [] and len(names(directory)) == 1
+    index.close()
 
 
 def test_a_later_daemon_finds_what_is_still_held_and_removes_what_is_not(directory: CacheDirectory) -> None:
