@@ -3,6 +3,7 @@ own worker's history can be the cause. Fails if any fails again, or if more than
 alone, since each of them is a fault of the test or of the product that is to be mended (docs/decisions/0098)."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,8 @@ SOME_FAILED = 1  # pytest's exit code; the others (interrupted, wrong usage, no 
 def failed_tests(last_failed: Path) -> list[str]:
     """The tests that pytest remembers as failed; none if it remembers nothing."""
     try:
-        return sorted(json.loads(last_failed.read_text()))
+        # xdist puts the group behind the name: `test_a.py::test_b[c]@ray`.
+        return sorted(re.sub(r"@\w+$", "", name) for name in json.loads(last_failed.read_text()))
     except FileNotFoundError:
         return []
 

@@ -11,6 +11,7 @@ from tests import second_look
 ONCE = """
 from pathlib import Path
 import pytest
+@pytest.mark.xdist_group("a_group")
 @pytest.mark.parametrize("number", range({failing}))
 def test_passes_the_second_time(number):
     seen = Path(__file__).with_name(f"seen-{{number}}")

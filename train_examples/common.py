@@ -65,6 +65,8 @@ def join_world() -> World:
 
 def leave_world() -> None:
     if dist.is_initialized():
+        # torch 2.13 joins gloo's threads with the GIL in its hand; they need it to let go of the last collective's tensors.
+        time.sleep(0.05)
         dist.destroy_process_group()
 
 

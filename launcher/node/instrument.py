@@ -10,13 +10,14 @@ so generator and discriminator, or an optimizer for each parameter, make one ste
 
 from __future__ import annotations
 
+import atexit
 import faulthandler
 import fcntl
 import os
 import signal
 import sys
 from _thread import get_ident
-from time import monotonic, monotonic_ns
+from time import monotonic, monotonic_ns, sleep
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ STACK_FILE = "faulthandler.log"
 _FIRST_FD = 400
 
 _STEPS, _LOADERS, _BACKWARD = "torch.optim.optimizer", "torch.utils.data.dataloader", "torch.autograd"
-_PROCESSES = "multiprocessing.process"
+_PROCESSES, _GROUPS = "multiprocessing.process", "torch.distributed.distributed_c10d"
 # As in progress.py, which cannot be imported here.
 W_PID, W_BEGAN_NS = 1, 2
 H_STEPS, H_STEP_AT_S, H_STEP_S, H_SAMPLES, H_OWN_S, H_WAIT_BEGAN_S, H_WAIT_ENDED_S, H_WAITED_S = range(8)
@@ -314,11 +315,56 @@ def begin(directory: str) -> Observer:
         module.current_process()._config.setdefault("tempdir", os.readlink(os.path.join(directory, "tmp")))
 
     due: dict[str, Callable[[Any], None]] = {_STEPS: hook_steps, _LOADERS: hook_loaders, _BACKWARD: hook_backward}
+    due[_GROUPS] = _hook_the_end_of_groups
+    atexit.register(_let_gloo_finish)
     if os.path.exists(os.path.join(directory, "tmp")):
         due[_PROCESSES] = keep_sockets_here
     _WhenImported(due).install()
     _write_stacks_when_asked(directory)
     return observer
+
+
+def _hook_the_end_of_groups(module: Any) -> None:
+    original = module.destroy_process_group
+
+    def destroy_process_group(*args: Any, **keywords: Any) -> Any:
+        _let_gloo_finish()
+        return original(*args, **keywords)
+
+    module.destroy_process_group = _dressed(destroy_process_group, original)
+    package = sys.modules.get("torch.distributed")  # A forked rank has it, with names of its own.
+    if getattr(package, "destroy_process_group", None) is original:
+        package.destroy_process_group = module.destroy_process_group  # type: ignore[union-attr]
+
+
+def _let_gloo_finish() -> None:
+    """Returns when gloo's threads have let go of the last collective's tensors (or after a second).
+
+    For that they need the GIL, and torch joins them without letting go of it when the last reference to a group goes (torch 2.13, with and
+    without us): a program whose last collective is a moment past never ends. While we sleep they can have it."""
+    looks, deadline = 0, monotonic() + 1.0
+    while looks < 3 and monotonic() < deadline:
+        states = _states_of_threads(b"pt_gloo_runloop")
+        if not states:
+            return
+        # One that has been woken is runnable, whether it has a core or not; asleep three times, it waits for work and not for the GIL.
+        looks = looks + 1 if states == {b"S"} else 0
+        sleep(0.002)
+
+
+def _states_of_threads(name: bytes) -> set[bytes]:
+    """As in proc(5)."""
+    states = set()
+    for task in os.listdir("/proc/self/task"):
+        try:
+            with open(f"/proc/self/task/{task}/stat", "rb") as file:
+                stat = file.read()
+        except OSError:
+            continue  # It has ended.
+        end = stat.rindex(b")")
+        if stat[stat.index(b"(") + 1 : end] == name:
+            states.add(stat[end + 2 : end + 3])
+    return states
 
 
 def _open_page(directory: str) -> Page:
