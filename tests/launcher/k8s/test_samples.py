@@ -12,7 +12,7 @@ import pytest
 import yaml
 from prometheus_client import CollectorRegistry, generate_latest
 
-from cache.daemon.metrics import COUNTERS, GAUGES, _DaemonCollector
+from cache.daemon.metrics import COUNTERS, FORECAST, GAUGES, _DaemonCollector
 from cache.residency.health import Health
 from launcher.cli import main
 from launcher.k8s import client
@@ -89,7 +89,7 @@ class AnyDaemon:
     """A daemon that has counted nothing yet."""
 
     def status(self) -> dict[str, Any]:
-        disk = {"disk": {"state": Health.OK.value}}
+        disk = {"disk": {"state": Health.OK.value}, "forecast": dict.fromkeys(FORECAST, 0.5)}
         return {**dict.fromkeys(GAUGES, 0), **disk, "counters": dict.fromkeys(COUNTERS, 0), "readers": {}}
 
 
