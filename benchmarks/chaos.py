@@ -230,7 +230,7 @@ class Chaos:
         if left:
             raise Finding(f"left in the directory for temporary files: {left[:5]}")
         deadline_s = time.monotonic() + LEFT_PATIENCE_S
-        while held := self._held_in_ray():
+        while held := chaos_audit.held_in_ray(self.cluster):
             if time.monotonic() > deadline_s:
                 raise Finding(f"Ray still holds for the job: {held}")
             time.sleep(1.0)
@@ -238,30 +238,6 @@ class Chaos:
         self.num_attempts += len(attempts)
         self.num_steps += steps
         say(f"job of {len(attempts)} attempts and {steps} steps: every sample once, every state right, nothing left")
-
-    def _held_in_ray(self) -> str:
-        """What the job still holds in the cluster; empty: nothing."""
-        # Of a node behind a cut, Ray believes for a long time that it holds what it held.
-        alive = [node.node_id for node in self.cluster.running()]
-        command = self.cluster.inside(0, sys.executable, "-c", _HELD, self.cluster.address, *alive)
-        told = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=PATIENCE_S)
-        return told.stdout.strip() if told.returncode == 0 else f"Ray does not say: {told.stderr[-500:]}"
-
-
-_HELD = """
-import logging, sys, ray
-ray.init(sys.argv[1], log_to_driver=False, logging_level=logging.ERROR)
-from ray.util import placement_group_table
-from ray._private.state import actors as actor_table
-from ray._private.state import state
-groups = [group["state"] for group in placement_group_table().values() if group["state"] != "REMOVED"]
-alive = {node["NodeID"]: node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"] and node["NodeID"] in sys.argv[2:]}
-free = state.available_resources_per_node()
-held = [node_id for node_id, cpus in alive.items() if node_id in free and free[node_id].get("CPU", 0) < cpus]
-actors = [actor for actor in actor_table().values() if actor["State"] != "DEAD"] if held else []
-if groups or held:
-    print(groups, [(node_id, free[node_id], alive[node_id]) for node_id in held], actors)
-"""
 
 
 def command_of(pid: int) -> str:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 import stat
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.chaos_train import batch_of, states
+from benchmarks.raynodes import RayNodes, environment
 
 Line = dict[str, Any]
 
@@ -131,3 +134,29 @@ def files_left(directory: Path) -> list[str]:
             kind = stat.S_IFMT(os.lstat(path).st_mode)
             found.append(f"{path}{' (a socket)' if kind == stat.S_IFSOCK else ''}")
     return found
+
+
+_RAY_PATIENCE_S = 90.0
+_HELD = """
+import logging, sys, ray
+ray.init(sys.argv[1], log_to_driver=False, logging_level=logging.ERROR)
+from ray.util import placement_group_table
+from ray._private.state import actors as actor_table
+from ray._private.state import state
+groups = [group["state"] for group in placement_group_table().values() if group["state"] != "REMOVED"]
+alive = {node["NodeID"]: node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"] and node["NodeID"] in sys.argv[2:]}
+free = state.available_resources_per_node()
+held = [node_id for node_id, cpus in alive.items() if node_id in free and free[node_id].get("CPU", 0) < cpus]
+actors = [actor for actor in actor_table().values() if actor["State"] != "DEAD"] if held else []
+if groups or held:
+    print(groups, [(node_id, free[node_id], alive[node_id]) for node_id in held], actors)
+"""
+
+
+def held_in_ray(cluster: RayNodes) -> str:
+    """What a job still holds in the cluster; empty: nothing."""
+    # Of a node behind a cut, Ray believes for a long time that it holds what it held.
+    alive = [node.node_id for node in cluster.running()]
+    command = cluster.inside(0, sys.executable, "-c", _HELD, cluster.address, *alive)
+    told = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=_RAY_PATIENCE_S)
+    return told.stdout.strip() if told.returncode == 0 else f"Ray does not say: {told.stderr[-500:]}"
