@@ -234,12 +234,18 @@ class Server:
         with contextlib.suppress(OSError):
             self._control.send(json.dumps(message).encode())
 
-    def _fork(self, fds: list[int]) -> None:
+    def _in_child(self, fds: list[int]) -> bool:
+        """Forks; here, waits for the child, which leaves at once what it was forked for (`_fall_to_agent`), and lets go of what is its."""
         pid = os.fork()
-        if pid:
-            for fd in fds:
-                os.close(fd)
-            os.waitpid(pid, 0)
+        if pid == 0:
+            return True
+        for fd in fds:
+            os.close(fd)
+        os.waitpid(pid, 0)
+        return False
+
+    def _fork(self, fds: list[int]) -> None:
+        if not self._in_child(fds):
             return
         try:
             self._be_guardian(fds)
@@ -251,11 +257,7 @@ class Server:
 
     def _fork_server(self, fds: list[int]) -> None:
         """In the child, the loop of `serve` goes on for the other socket, with more in memory."""
-        pid = os.fork()
-        if pid:
-            for fd in fds:
-                os.close(fd)
-            os.waitpid(pid, 0)
+        if not self._in_child(fds):
             return
         try:
             self._fall_to_agent()
