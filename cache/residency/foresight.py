@@ -32,7 +32,6 @@ class Planned(NamedTuple):
 
     object_id: ObjectId
     extent: ExtentId
-    client_id: str
     distance: float
 
 
@@ -40,8 +39,6 @@ class Foresight:
     def __init__(self, lookahead: Lookahead) -> None:
         self._lookahead = lookahead
         self.prospect = Prospect(lookahead)
-        self.clients: dict[str, str] = {}
-        """Who told a stream's outline."""
         self.planned: deque[Planned] = deque()
         """Nearest first."""
         self._horizon = math.inf
@@ -57,7 +54,6 @@ class Foresight:
         return any(group.epochs for group in self.prospect.groups)
 
     def close(self, stream_id: str) -> None:
-        self.clients.pop(stream_id, None)
         self.prospect.close(stream_id)
 
     def changed(self) -> None:
@@ -97,7 +93,4 @@ class Foresight:
         from cache.residency.keeping import look  # With numpy, which nobody else here needs.
 
         self._horizon, planned = look(groups, here, capacity_bytes, bytes_beside, known, MAX_PLANNED)
-        clients = {group.number: self.clients[next(iter(group.members))] for group in groups}
-        self.planned = deque(
-            Planned(object_id, extent, clients[number], distance) for distance, number, object_id, extent in planned
-        )
+        self.planned = deque(Planned(object_id, extent, distance) for distance, object_id, extent in planned)

@@ -86,8 +86,8 @@ def _intervals(uses: Uses) -> Iterable[tuple[Floats, Floats, Floats]]:
             yield ends[use], begins[use + 1], uses.bytes_each
 
 
-Worth = tuple[float, int, ObjectId, ExtentId]
-"""An extent that is not here, and is worth fetching: visits until its use, the group that uses it, its object, itself."""
+Worth = tuple[float, ObjectId, ExtentId]
+"""An extent that is not here, and is worth fetching: visits until its use, its object, itself."""
 
 
 def look(
@@ -123,7 +123,7 @@ def _worth_fetching(
         nearest = np.minimum(nearest, distance)
     rows = np.flatnonzero(~is_here & (nearest < horizon))
     for row in rows[np.argsort(nearest[rows], kind="stable")][:most].tolist():
-        yield float(nearest[row]), group.number, table.row_objects[row], table.extents[row]
+        yield float(nearest[row]), table.row_objects[row], table.extents[row]
 
 
 def _uses_of(groups: Sequence[Group]) -> tuple[Floats, Floats]:

@@ -224,7 +224,6 @@ def order_announced(s: State, event: m.OrderAnnounced) -> None:
 
 
 def order_outlined(s: State, event: m.OrderOutlined) -> None:
-    s.foresight.clients[event.stream_id] = event.client_id
     s.foresight.prospect.outline(event.stream_id, event.outline)
     _compute_epochs(s, event.stream_id)
 
