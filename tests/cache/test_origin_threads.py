@@ -67,6 +67,7 @@ def test_a_body_on_its_way_holds_nothing_of_pythons() -> None:
                     await asyncio.wait([putting], timeout=0.01)
                     body.append(1)  # BufferError while somebody holds it
                 await putting
+                assert server.objects["a"][0] == b"x" * 100_000, "what was put is what it was when it was put"
             finally:
                 await close_origins()
 
