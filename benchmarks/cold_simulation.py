@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from benchmarks.shaping import TokenBucket
 from cache.blocks import ExtentId, ObjectId, blocks_of, run_span
+from cache.daemon.config import AT_ONCE
 from cache.errors import OriginThrottled
 from cache.order.batches import Cursor
 from cache.order.lookahead import Visit
@@ -29,7 +30,6 @@ PIECE_BYTES = 256 * 1024
 FIRST_VISITS = 64
 """Told by a reader before the rest of its order."""
 
-MAX_IN_FLIGHT = 128
 HEADER_BYTES = 8192
 
 
@@ -97,7 +97,7 @@ class ColdEpoch:
     def __init__(self, task: Task, link: Link) -> None:
         self._task, self._link = task, link
         budget = Budget(2 * task.num_shards * task.samples_per_shard * task.stride, 1_000_000)
-        limits = Limits(MAX_IN_FLIGHT, MAX_IN_FLIGHT // 4, HEADER_BYTES)
+        limits = Limits(AT_ONCE, AT_ONCE // 4, HEADER_BYTES)
         self._machine = Residency(budget, limits=limits, rng=random.Random(task.seed), num_words=1 << 26)
         self._rng = random.Random(task.seed)
         self._now = task.starts_s

@@ -29,7 +29,7 @@ from cache.cli_options import (
     find_socket,
     socket_option,
 )
-from cache.daemon.config import DaemonConfig, Share, parse_address, parse_share
+from cache.daemon.config import AT_ONCE, AT_ONCE_WITH_PEERS, DaemonConfig, Share, parse_address, parse_share
 from cache.daemon.peerconfig import peer_config
 from cache.data_commands import audit, index
 from cache.errors import CacheConfigError, CacheError, DaemonUnavailable
@@ -109,7 +109,11 @@ def cli() -> None:
     help="Read this much per second back from the disk and compare it, while readers need nothing. 0: never.",
 )
 @click.option("--workers", default=2, show_default=True, help="Fetch worker processes.")
-@click.option("--max-in-flight", default=128, show_default=True, help="Fetches under way at once, at most.")
+@click.option(
+    "--max-in-flight",
+    type=int,
+    help=f"Fetches under way at once, at most.  [default: {AT_ONCE}, with peers {AT_ONCE_WITH_PEERS}]",
+)
 @click.option(
     "--metadata-ttl", default=10.0, show_default=True, help="Seconds for which what HEAD said of an object is believed."
 )
@@ -146,7 +150,7 @@ def serve(
     keep_free_files: Share,
     scrub_rate: int,
     workers: int,
-    max_in_flight: int,
+    max_in_flight: int | None,
     metadata_ttl: float,
     metrics: tuple[str, int] | None,
     peers: str | None,

@@ -28,6 +28,12 @@ class Share:
         return self.count + int(self.ratio * total)
 
 
+AT_ONCE = 128
+AT_ONCE_WITH_PEERS = 64
+"""Each node fetches its share of the data, and what all of them ask at once the store and the other nodes have to hear: eight nodes with
+128 each took each other for dead, and single samples waited twice as long (benchmarks/cluster.py on two cores)."""
+
+
 @dataclass(frozen=True)
 class DaemonConfig:
     dir: Path
@@ -40,8 +46,9 @@ class DaemonConfig:
     """Hard bound on the number of extent files (inodes). One per object up to 64 MiB, one more per further 64 MiB."""
     num_workers: int = 2
     """Fetch worker processes. Two saturate about 20 Gbit/s; more help beyond that."""
-    max_in_flight: int = 128
-    """Fetches under way at once, at most: how many an origin is given is found out. Each costs a worker a thread and a buffer of 256 KiB.
+    max_in_flight: int | None = None
+    """Fetches under way at once, at most: how many an origin is given is found out. None: `AT_ONCE`,
+    in a cluster `AT_ONCE_WITH_PEERS`. Each costs a worker a thread and a buffer of 256 KiB.
     Where single blocks are needed first, a link of 200 MB/s at 100 ms holds 75 of them; raise it for faster or farther origins."""
     metadata_ttl_s: float = 10.0
     """For how long what HEAD said of an object is believed by further opens. Ranks of one job that start together share one HEAD; an
@@ -61,6 +68,12 @@ class DaemonConfig:
     exit_with_parent: bool = False
     """Drain and exit when the process that started the daemon dies, by whatever signal."""
 
+    @property
+    def fetches_at_once(self) -> int:
+        if self.max_in_flight is not None:
+            return self.max_in_flight
+        return AT_ONCE if self.peers is None else AT_ONCE_WITH_PEERS
+
     def __post_init__(self) -> None:
         if self.capacity_bytes < MIN_CAPACITY_BYTES:
             raise CacheConfigError(
@@ -74,8 +87,8 @@ class DaemonConfig:
                 advice="choose a shorter one with --socket, for instance below /tmp or $XDG_RUNTIME_DIR",
             )
         for name in ("max_files", "num_workers", "max_in_flight"):
-            if getattr(self, name) < 1:
-                raise CacheConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise CacheConfigError(f"{name} is {value}; it must be at least 1")
 
 
 def parse_bytes(text: str) -> int:

@@ -65,7 +65,7 @@ class Control:
         floor = Floor(config.keep_free.of(space.total_bytes), config.keep_free_files.of(space.total_files or 0))
         self.residency = Residency(
             Budget(config.capacity_bytes, config.max_files, keep_free=floor),
-            limits=Limits(config.max_in_flight, config.max_in_flight // 4, LABEL_BYTES, config.scrub_bytes_per_s),
+            limits=Limits(config.fetches_at_once, config.fetches_at_once // 4, LABEL_BYTES, config.scrub_bytes_per_s),
             rng=random.Random(),
             num_words=NUM_WORDS,
         )

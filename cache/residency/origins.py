@@ -42,6 +42,12 @@ class OriginState:
     blocks: int = 0
     """Of the requests in flight."""
     pipe: Pipe = field(default_factory=Pipe)
+    is_peer: bool = False
+    """Then a small request counts as a whole one, and nothing more may be on its way than the limit says: what a daemon of the next rack
+    is short of is processor time, for each request as much, and not round trips."""
+
+    def weight(self, num_blocks: int) -> int:
+        return FULL_BLOCKS if self.is_peer else min(num_blocks, FULL_BLOCKS)
 
     def landed(self, num_bytes: int, seconds: float, first_byte_s: float, now: float) -> None:
         """A request brought all its bytes."""
@@ -53,11 +59,7 @@ class OriginState:
         limit = self.concurrency.limit
         if self.load < FULL_BLOCKS * (limit + max(2, limit // 4) if is_demand else limit):
             return True
-        return self.blocks * BLOCK_BYTES < self.pipe.num_bytes and not self.concurrency.is_cut
-
-
-def _weight(num_blocks: int) -> int:
-    return min(num_blocks, FULL_BLOCKS)
+        return not self.is_peer and self.blocks * BLOCK_BYTES < self.pipe.num_bytes and not self.concurrency.is_cut
 
 
 class Origins:
@@ -79,13 +81,13 @@ class Origins:
         name = f"{PEER}{source}" if source else origin_of(url)
         state = self._states.get(name)
         if state is None:
-            state = self._states[name] = OriginState(Concurrency(self._cap))
+            state = self._states[name] = OriginState(Concurrency(self._cap), is_peer=bool(source))
         return state
 
     def started(self, url: str, source: str, num_blocks: int, now: float) -> None:
         state = self.of(url, source)
         state.in_flight += 1
-        state.load += _weight(num_blocks)
+        state.load += state.weight(num_blocks)
         state.blocks += num_blocks
         state.concurrency.started(-(-state.load // FULL_BLOCKS), now)
 
@@ -103,7 +105,7 @@ class Origins:
         """`num_blocks`: as many as when it was started; `num_bytes`: what came."""
         state = self.of(url, source)
         state.in_flight -= 1
-        state.load -= _weight(num_blocks)
+        state.load -= state.weight(num_blocks)
         state.blocks -= num_blocks
         assert state.in_flight >= 0 and state.load >= 0, url
         state.concurrency.ended(now, num_bytes, seconds, throttled=throttled)

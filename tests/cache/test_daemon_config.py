@@ -10,6 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cache.daemon.config import (
+    AT_ONCE,
+    AT_ONCE_WITH_PEERS,
     MAX_SOCKET_PATH_BYTES,
     MIN_CAPACITY_BYTES,
     DaemonConfig,
@@ -17,6 +19,7 @@ from cache.daemon.config import (
     parse_address,
     parse_bytes,
 )
+from cache.daemon.peerconfig import PeerConfig
 from cache.errors import CacheConfigError
 
 
@@ -93,3 +96,10 @@ def test_a_socket_path_is_measured_in_bytes_as_the_kernel_does() -> None:
 def test_counts_must_be_positive(name: str) -> None:
     with pytest.raises(CacheConfigError, match=name):
         config(**{name: 0})
+
+
+def test_a_node_with_peers_asks_for_less_at_once_unless_told_otherwise() -> None:
+    """What all nodes ask at once, the store and the other nodes have to hear."""
+    peers = PeerConfig(("127.0.0.1", 0), (("127.0.0.1", 1),))
+    assert config().fetches_at_once == AT_ONCE > config(peers=peers).fetches_at_once == AT_ONCE_WITH_PEERS
+    assert config(peers=peers, max_in_flight=7).fetches_at_once == 7

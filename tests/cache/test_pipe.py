@@ -52,3 +52,15 @@ def test_a_distant_origin_is_given_as_many_blocks_as_its_link_holds() -> None:
     while state.has_room(is_demand=False):
         origins.started("s3://b/a", "", 1, 3.0)
     assert state.blocks * BLOCK_BYTES == pytest.approx(GAIN * 40e6, rel=0.05)
+
+
+def test_a_peer_is_given_no_more_for_what_its_link_holds_and_small_requests_count_whole() -> None:
+    """It is short of processor time, of which each request takes as much; its own readers wait behind them."""
+    origins = Origins(256)
+    state = origins.of("s3://b/a", "peer-1")
+    flow(state.pipe, 2e9, 0.2, 1.0)
+    num_requests = 0
+    while state.has_room(is_demand=False):
+        origins.started("s3://b/a", "peer-1", 1, 3.0)
+        num_requests += 1
+    assert num_requests == state.concurrency.limit
